@@ -1,0 +1,82 @@
+"""What the tests share: the real data where it is at hand, tiny networks and images where it is not, and the scripts as a user runs them."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"  # real weights, photos and data: beside the checkout, not part of it
+sys.path[:0] = [str(ROOT), str(ROOT / "weights")]
+
+from vit import IMAGENET_MEAN, IMAGENET_STD, ViT  # noqa: E402
+
+TINY = dict(width=32, depth=12, heads=2, patch=32, grid=7, hidden=64)  # 49 patches, so that k = 20 has something to choose from
+
+
+def shared(name):
+    """A file or folder of ../shared, or a skip that says which one is missing."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"real data: {path} is not there")
+    return path
+
+
+def perturb(module, seed=0, scale=0.05):
+    """Random values for every parameter, also for those that start at 0 or 1, so that no mistake can hide behind them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+def tiny_vit(seed=0, **changes):
+    return perturb(ViT(**{**TINY, **changes}), seed, scale=0.1).eval()
+
+
+def save_vit(vit, path, **changes):
+    """Write a ViT as weights/convert.py would; `changes` to the metadata, None to leave a key out."""
+    metadata = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD, activation=vit.config["activation"], eps=vit.config["eps"],
+                    heads=vit.config["heads"], source="test", license="test", original_sha256="0")
+    metadata = {key: value for key, value in {**metadata, **changes}.items() if value is not None}
+    save_file(vit.state_dict(), path, metadata={"vitad": json.dumps(metadata, sort_keys=True)})
+    return path
+
+
+def run(*command, cwd=ROOT, env=None):
+    """A script in a process of its own, as a user starts it; -> the finished process, its output as text."""
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def assert_one_sentence(process, *words):
+    """Bad input: exit code 2, one line on stderr that holds the words, no traceback."""
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert len(process.stderr.strip().splitlines()) == 1, process.stderr
+    assert "error: " in process.stderr and "Traceback" not in process.stderr
+    for word in words:
+        assert word in process.stderr, process.stderr
+
+
+def make_category(folder, train=6, good=4, bad=5, size=64, seed=0):
+    """A small category in the MVTec layout: smooth grey images, and the same with a bright square as the defect."""
+    random = np.random.default_rng(seed)
+
+    def image(defect):
+        pixels = np.clip(120 + 20 * random.standard_normal((8, 8, 3)), 0, 255).astype(np.uint8)
+        pixels = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)).copy()
+        if defect:
+            y, x = random.integers(0, size // 2, 2)
+            pixels[y:y + size // 3, x:x + size // 3] = (250, 240, 30)
+        return Image.fromarray(pixels)
+
+    for kind, count, defect in (("train/good", train, False), ("test/good", good, False), ("test/stain", bad, True)):
+        (folder / kind).mkdir(parents=True)
+        for i in range(count):
+            image(defect).save(folder / kind / f"{i:03d}.png")
+    return folder

@@ -1,0 +1,221 @@
+"""vit.py against torchvision's vit_b_16, block by block; against timm's numbers for real weights; and what load_vit refuses."""
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import perturb, save_vit, shared, tiny_vit
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torchvision.models import vit_b_16
+
+import convert
+import vit as vit_module
+from vit import ViT, load_vit
+
+BOUND = 3e-5  # largest absolute difference over mean absolute value, fp32
+
+
+def error(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().mean()).item()
+
+
+def test_parameter_count():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in ViT(classes=1000).parameters()) == 86_567_656
+
+
+@pytest.fixture(scope="module")
+def torchvision_vit():
+    """torchvision's ViT-B/16 with perturbed random weights, an input, the output of each of its blocks and its logits."""
+    torch.manual_seed(0)
+    model = perturb(vit_b_16(weights=None), scale=0.03).eval()
+    images = torch.randn(2, 3, 224, 224)
+    blocks = []
+    for block in model.encoder.layers:
+        block.register_forward_hook(lambda module, inputs, output: blocks.append(output))
+    with torch.no_grad():
+        logits = model(images)
+    return SimpleNamespace(state=model.state_dict(), images=images, blocks=blocks, logits=logits)
+
+
+def ours_from(torchvision_vit):
+    tensors, _, _ = convert.canonical(torchvision_vit.state)
+    vit = ViT(classes=1000)
+    vit.load_state_dict(tensors, strict=True)
+    return vit.eval()
+
+
+def block_errors(vit, torchvision_vit):
+    with torch.no_grad():
+        features = vit(torchvision_vit.images, range(12))
+    return [error(features[c], torchvision_vit.blocks[c]) for c in range(12)]
+
+
+def test_every_block_equals_torchvision(torchvision_vit):
+    vit = ours_from(torchvision_vit)
+    assert max(block_errors(vit, torchvision_vit)) <= BOUND
+    with torch.no_grad():
+        assert error(vit.classify(torchvision_vit.images), torchvision_vit.logits) <= BOUND
+
+
+def mutate_eps(vit):
+    for module in vit.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-5
+
+
+def mutate_gelu(vit):
+    for block in vit.blocks:
+        block.mlp.activation = lambda x: F.gelu(x, approximate="tanh")
+
+
+def mutate_qk(vit):
+    for block in vit.blocks:
+        for parameter in (block.attn.qkv.weight, block.attn.qkv.bias):
+            q, k, v = parameter.data.chunk(3)
+            parameter.data = torch.cat([k, q, v])
+
+
+@pytest.mark.parametrize("mutate", [mutate_eps, mutate_gelu, mutate_qk])
+def test_a_mutated_network_does_not_pass(torchvision_vit, mutate):
+    vit = ours_from(torchvision_vit)
+    mutate(vit)
+    assert max(block_errors(vit, torchvision_vit)) > 2 * BOUND
+
+
+def test_forward_gives_the_named_blocks_and_computes_no_more():
+    vit = tiny_vit()
+    images = torch.randn(2, 3, 224, 224)
+    every = vit(images, range(12))
+    vit.blocks[7].forward = None  # calling it would fail
+    some = vit(images, (2, 6))
+    assert list(some) == [2, 6] and some[2].shape == (2, 50, 32)
+    assert torch.equal(some[2], every[2]) and torch.equal(some[6], every[6])
+
+
+@pytest.mark.parametrize("images, layers, words", [
+    (torch.zeros(1, 3, 128, 128), (1,), "(B, 3, 224, 224), got (1, 3, 128, 128)"),
+    (torch.zeros(3, 224, 224), (1,), "got (3, 224, 224)"),
+    (torch.zeros(1, 3, 224, 224), (12,), "between 0 and 11, got (12,)"),
+    (torch.zeros(1, 3, 224, 224), (-1,), "between 0 and 11"),
+    (torch.zeros(1, 3, 224, 224), (), "between 0 and 11"),
+])
+def test_forward_refuses(images, layers, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        tiny_vit()(images, layers)
+
+
+def test_classify_needs_a_head():
+    with pytest.raises(ValueError, match="no classifier head"):
+        tiny_vit().classify(torch.zeros(1, 3, 224, 224))
+
+
+def test_normalize():
+    vit = tiny_vit(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    pixels = torch.tensor([51, 102, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    expected = torch.tensor([(0.2 - 0.1) / 0.4, (0.4 - 0.2) / 0.5, (1 - 0.3) / 0.6]).view(1, 3, 1, 1)
+    torch.testing.assert_close(vit.normalize(pixels), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------- load_vit
+
+@pytest.mark.parametrize("changes", [{}, {"classes": 5}, {"norm_pre": True, "activation": "quick_gelu", "eps": 1e-5},
+                                     {"width": 128, "heads": 2, "depth": 3, "patch": 16, "grid": 14}])
+def test_load_vit_reads_every_size_from_the_file(tmp_path, changes):
+    saved = tiny_vit(**changes)
+    heads = None if saved.config["width"] == 64 * saved.config["heads"] else saved.config["heads"]
+    loaded = load_vit(save_vit(saved, tmp_path / "vit.safetensors", heads=heads))
+    assert loaded.config == saved.config
+    assert loaded.metadata["source"] == "test" and len(loaded.sha256) == 64
+    images, last = torch.randn(1, 3, 224, 224), len(saved.blocks) - 1
+    with torch.no_grad():
+        assert torch.equal(loaded(images, (last,))[last], saved(images, (last,))[last])
+
+
+def broken(kind, tmp_path):
+    """A file that load_vit has to refuse, and the words it has to find for it."""
+    vit, path = tiny_vit(), tmp_path / "vit.safetensors"
+    tensors, about = vit.state_dict(), {"vitad": json.dumps(dict(mean=[0.5] * 3, std=[0.5] * 3, activation="gelu", heads=2))}
+    if kind == "absent":
+        return path, "no such file"
+    if kind == "text":
+        path.write_text("not a tensor in sight, just words" * 50)
+        return path, "expected a safetensors file, got another kind"
+    if kind == "empty":
+        path.write_bytes(b"")
+        return path, "expected a safetensors file"
+    if kind == "missing":
+        del tensors["blocks.3.attn.proj.bias"]
+        words = "expected a tensor blocks.3.attn.proj.bias"
+    if kind == "extra":
+        tensors["dist_token"] = torch.zeros(1)
+        words = "got dist_token"
+    if kind == "shape":
+        tensors["blocks.2.mlp.fc2.weight"] = torch.zeros(32, 65)
+        words = "expected blocks.2.mlp.fc2.weight of shape (32, 64), got (32, 65)"
+    if kind == "dimensions":
+        tensors["pos_embed"] = torch.zeros(50)
+        words = "expected pos_embed with 3 dimensions"
+    if kind == "heads":
+        about = {"vitad": json.dumps(dict(mean=[0.5] * 3, std=[0.5] * 3, activation="gelu", heads=3))}
+        words = "3 heads divide"
+    if kind == "layout":
+        tensors = {"class_token": torch.zeros(1), "conv_proj.weight": torch.zeros(1)}
+        words = "another layout (class_token, ...): run python weights/convert.py"
+    if kind == "unconverted":
+        about = None
+        words = "not converted: run python weights/convert.py"
+    if kind == "truncated":
+        words = "truncated"
+    save_file(tensors, path, metadata=about)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    return path, words
+
+
+@pytest.mark.parametrize("kind", ["absent", "text", "empty", "missing", "extra", "shape", "dimensions", "heads", "layout", "unconverted",
+                                  "truncated"])
+def test_load_vit_refuses(tmp_path, kind):
+    path, words = broken(kind, tmp_path)
+    with pytest.raises(ValueError) as caught:
+        load_vit(path)
+    message = str(caught.value)
+    assert words in message and str(path) in message and "\n" not in message
+
+
+# ------------------------------------------------------------------------------------------- real weights, timm's numbers
+
+def photo(name):
+    return torch.from_numpy(np.array(Image.open(shared(f"photos/{name}_224.png")).convert("RGB"))).permute(2, 0, 1)[None]
+
+
+@pytest.mark.parametrize("weights, golden, bound", [
+    ("deit_tiny_patch16_224.safetensors", "deit_tiny", 1e-4),
+    ("dinov2_vits14_fp16.safetensors", "dinov2_vits14", 1e-3),
+    ("clip_vit_base_patch16_224.safetensors", "clip_vitb16", 1e-4),  # built with ../shared/get_clip_vitb16.py
+])
+def test_real_weights_give_timms_features(tmp_path, weights, golden, bound):
+    golden = load_file(shared(f"golden/{golden}_timm_1.0.31.safetensors"))
+    built = vit_module.Path(convert.HERE) / "original" / weights
+    source = built if built.exists() else shared(f"weights/{weights}")
+    options = SimpleNamespace(mean=None, std=None, activation=None, heads=None, source=None, license=None)
+    convert.convert(source, tmp_path / weights, options)
+    vit = load_vit(tmp_path / weights)
+    for name in ("chelsea", "coffee"):
+        with torch.no_grad():
+            images = vit.normalize(photo(name))
+            features = vit(images, (3, 6, 9, 11))
+            logits = vit.classify(images)[0] if f"{name}.logits" in golden else None
+        for c, x in features.items():
+            [key] = [key for key in golden if key.startswith(f"{name}.block{c}.patches_")]
+            patches = [1 + int(p) for p in key.rsplit("patches_")[1].split("_")]
+            assert error(x[0, 0], golden[f"{name}.block{c}.cls"]) <= bound
+            assert error(x[0, patches], golden[key]) <= bound
+            assert error(x[0].norm(dim=-1), golden[f"{name}.block{c}.token_norms"]) <= bound
+        if logits is not None:
+            assert error(logits, golden[f"{name}.logits"]) <= bound
+            assert logits.argmax() == {"chelsea": 285, "coffee": 967}[name]  # Egyptian cat, espresso

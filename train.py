@@ -1,0 +1,251 @@
+#!/usr/bin/env python3
+"""Train one student on the normal images of one category.
+
+    python train.py --dataset mvtec --category bottle --data-root DIR --weights weights/deit_tiny_patch16_224.safetensors
+
+writes runs/mvtec/bottle/seed0/: model.safetensors (student, anchor, delta; the teacher is named by sha256 in config.json),
+config.json (settings, versions, device, command) and log.jsonl (one line every ten steps). `python evaluate.py` scores it.
+With DeiT-Tiny this takes TIME_HERE on 2 CPU cores. Only train/good is ever read: no test image, no test AUROC. The last epoch is the result.
+"""
+import argparse
+import dataclasses
+import json
+import math
+import shlex
+import sys
+import time
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data import PAPER_AUROC, atomic, check_category, fail, one_sentence, pick_device, provenance, train_split
+# torch is imported where it is first needed: --help and wrong arguments are answered at once.
+
+# Section 4.1 of the paper gives lr and batch size; epochs are ours (README, "What the paper leaves open").
+PER_DATASET = {
+    "mvtec": dict(lr=0.2, batch_size=4, epochs=30),
+}
+ADAMW_LR = 5e-4  # trains under every reading of the norm; the paper's lr is for SGD
+LOG_EVERY = 10  # steps
+EVAL_BATCH = 32  # images, without gradient
+
+
+def per_dataset(name):
+    """The defaults of a setting as --help shows them: "mvtec 4, cifar10 32"."""
+    return "default " + ", ".join(f"{dataset} {values[name]}" for dataset, values in PER_DATASET.items())
+
+
+def option(default, help, **metadata):
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a run: one command-line option each. None means: taken from PER_DATASET, or found on this machine."""
+
+    dataset: str = option("mvtec", "protocol", choices=list(PAPER_AUROC))
+    category: str = option("bottle", "normal class of the run")
+    data_root: str = option("data/mvtec", "folder that holds the categories")
+    weights: str = option("weights/vit_base_patch16_224.safetensors", "the teacher: a file made by weights/convert.py")
+    out: str = option("runs", "folder for run folders <out>/<dataset>/<category>/seed<seed>")
+    epochs: int = option(None, f"passes over the training images ({per_dataset('epochs')})")
+    batch_size: int = option(None, f"images a step, the paper's ({per_dataset('batch_size')})")
+    lr: float = option(None, f"peak learning rate, the paper's ({per_dataset('lr')}; with adamw {ADAMW_LR})")
+    optimizer: str = option("sgd", "sgd is the paper's", choices=["sgd", "adamw"])
+    momentum: float = option(0.9, "of SGD")
+    weight_decay: float = option(0.0, "of every trained parameter")
+    warmup: int = option(20, "steps of linear warm-up")
+    decay: str = option("cosine", "learning rate after the warm-up", choices=["cosine", "constant"])
+    clip_grad: float = option(0.0, "clip the global gradient norm to this, 0 = off; --distance l2 and mse need 1")
+    lam: float = option(1.0, "lambda of Eq. 6")
+    top_k: int = option(20, "k of Eq. 9, in patches")
+    layers: tuple = option((3, 6, 9, 11), "tapped blocks, counted from 0, comma-separated; the last one is the anchor's")
+    distance: str = option("unit", "reading of the norm in Eqs. 2, 3, 5, 7 and 8; l2 and mse diverge at the paper's lr without "
+                           "--clip-grad 1", choices=["unit", "l2", "mse"])
+    anchor: str = option("mean", "average of Eq. 1: cumulative mean of the first epoch, or bias-corrected EMA", choices=["mean", "ema"])
+    pos_embed: str = option("copy", "student's position embedding: the teacher's, frozen (Fig. 7, strategy 2), or learnt",
+                            choices=["copy", "learn"])
+    seed: int = option(0, "of the student's initialisation and the order of the images")
+    device: str = option(None, "cpu, cuda, cuda:1, ...; default cuda where there is one")
+
+
+def block_numbers(text):
+    """"3,6,9,11" -> (3, 6, 9, 11)"""
+    try:
+        return tuple(int(c) for c in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected block numbers like 3,6,9,11, got {text!r}") from None
+
+
+def parse(argv):
+    """Command line -> (Settings, whether an existing run may be replaced); a wrong value ends with one sentence and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail  # one sentence, without the usage before it
+    for f in dataclasses.fields(Settings):
+        kind = block_numbers if f.type is tuple else f.type
+        shown = ",".join(map(str, f.default)) if f.name == "layers" else f"{f.default:g}" if isinstance(f.default, float) else f.default
+        help = f.metadata["help"] + (f" (default {shown})" if f.default is not None else "")
+        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, help=help, choices=f.metadata.get("choices"))
+    parser.add_argument("--overwrite", action="store_true", help="start again where a run exists already")
+    arguments = vars(parser.parse_args(argv))
+    overwrite = arguments.pop("overwrite")
+    for name, value in PER_DATASET[arguments["dataset"]].items():
+        if arguments[name] is None:
+            arguments[name] = ADAMW_LR if name == "lr" and arguments["optimizer"] == "adamw" else value
+    settings = Settings(**arguments)
+    for name in ("epochs", "batch_size", "top_k"):
+        if arguments[name] < 1:
+            fail(f"--{name.replace('_', '-')}: expected at least 1, got {arguments[name]}")
+    for name in ("momentum", "weight_decay", "warmup", "clip_grad", "lam", "seed"):
+        if not 0 <= arguments[name] < math.inf:
+            fail(f"--{name.replace('_', '-')}: expected 0 or more, got {arguments[name]}")
+    if not 0 < settings.lr < math.inf:
+        fail(f"--lr: expected more than 0, got {settings.lr}")
+    if list(settings.layers) != sorted(set(settings.layers)) or settings.layers[0] < 0:
+        fail(f"--layers: expected ascending block numbers from 0, got {','.join(map(str, settings.layers))}")
+    with one_sentence():
+        check_category(settings.dataset, settings.category)
+    return settings, overwrite
+
+
+def run_folder(settings):
+    return Path(settings.out) / settings.dataset / settings.category / f"seed{settings.seed}"
+
+
+def is_complete(run, settings):
+    """Whether the run exists already, with these settings; refuses, naming the difference, if it exists with others."""
+    if not (run / "model.safetensors").is_file():
+        return False
+    then = json.loads((run / "config.json").read_text())["settings"]
+    now = json.loads(json.dumps(dataclasses.asdict(settings)))  # tuples become lists, as in the file
+    different = [f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name] and name not in ("out", "device")]
+    if different:
+        raise ValueError(f"{run}: expected the settings of the run that is there, got {', '.join(different)}: "
+                         f"choose another --out, or --overwrite to start again")
+    return True
+
+
+def learning_rate(step, steps, settings):
+    """Linear warm-up to lr, then a cosine down to 0 over the remaining steps, or constant."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    if settings.decay == "constant":
+        return settings.lr
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / (steps - settings.warmup)))
+
+
+class Progress:
+    """Means over the last LOG_EVERY steps: a line of log.jsonl, one line that updates in a terminal, a line an epoch elsewhere."""
+
+    def __init__(self, file, steps):
+        self.file, self.steps = file, steps
+        self.sums, self.images, self.count = {}, 0, 0
+        self.start = self.last = time.perf_counter()
+
+    def add(self, terms, images, epoch, step, lr, epoch_ends):
+        """Take in one step; every LOG_EVERY steps, and at an epoch's end, log. False if a loss has stopped being finite."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.images, self.count = self.images + images, self.count + 1
+        if step % LOG_EVERY and not epoch_ends:
+            return True
+        now = time.perf_counter()
+        means = {name: float(value) / self.count for name, value in self.sums.items()}
+        rate, left = self.images / (now - self.last), (now - self.start) / step * (self.steps - step)
+        self.file.write(json.dumps({"epoch": epoch, "step": step, "lr": lr, **means, "images_per_s": round(rate, 1)}) + "\n")
+        shown = " ".join(f"{name} {value:.3f}" for name, value in means.items())
+        line = f"epoch {epoch} step {step}/{self.steps} {shown} {rate:.1f} images/s {int(left) // 60}:{int(left) % 60:02d} left"
+        if sys.stdout.isatty():
+            print(f"\r\033[K{line}", end="\n" if step == self.steps else "", flush=True)
+        elif epoch_ends:
+            print(line, flush=True)
+        self.sums, self.images, self.count, self.last = {}, 0, 0, now
+        return math.isfinite(sum(means.values()))
+
+
+def diverged(run, epoch, step):
+    """One sentence and the end: the weights are lost, the last checkpoint is not."""
+    kept = run / "checkpoint.safetensors"
+    fail(f"{run}: the loss stopped being finite by step {step} in epoch {epoch}; "
+         f"{f'{kept} holds the last good epoch' if kept.exists() else 'no epoch was complete'}; try --clip-grad 1 or a lower --lr")
+
+
+def main(settings, overwrite):
+    run = run_folder(settings)
+    with one_sentence():
+        if not overwrite and is_complete(run, settings):
+            print(f"{run}: complete, nothing to do; --overwrite starts it again")
+            return
+
+    import torch
+    from safetensors.torch import save_file
+
+    from vit import load_vit
+    from vitad import Distillation, calibrate
+
+    with one_sentence():
+        device = pick_device(settings.device)
+        teacher = load_vit(settings.weights)
+        depth, patches = len(teacher.blocks), teacher.config["grid"] ** 2
+        if settings.layers[-1] >= depth:
+            raise ValueError(f"--layers: expected block numbers below {depth}, the teacher's depth, got {settings.layers[-1]}")
+        if settings.top_k > patches:
+            raise ValueError(f"--top-k: expected at most {patches}, the teacher's number of patches, got {settings.top_k}")
+        images = train_split(settings.data_root, settings.category, teacher.image_size).images.to(device)
+        run.mkdir(parents=True, exist_ok=True)
+        for name in ("model.safetensors", "checkpoint.safetensors", "log.jsonl", "scores.csv", "result.json"):
+            (run / name).unlink(missing_ok=True)
+        config = {"settings": dataclasses.asdict(settings), "teacher": {"sha256": teacher.sha256, **teacher.metadata},
+                  "images": len(images), **provenance(device)}
+        with atomic(run / "config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n")
+
+    # The seed of a run depends on which run it is, not on what ran before.
+    seed = zlib.crc32(f"{settings.dataset}/{settings.category}/{settings.seed}".encode())
+    torch.manual_seed(seed)
+    model = Distillation(teacher, settings.layers, settings.distance, settings.pos_embed, settings.anchor, settings.lam,
+                         settings.top_k).to(device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if settings.optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, settings.lr, settings.momentum, weight_decay=settings.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(parameters, settings.lr, weight_decay=settings.weight_decay)
+
+    steps_per_epoch = math.ceil(len(images) / settings.batch_size)
+    steps, step = settings.epochs * steps_per_epoch, 0
+    print(f"{run}: {len(images)} normal images, {settings.epochs} epochs of {steps_per_epoch} steps, on {config['device']}")
+    with open(run / "log.jsonl", "w", buffering=1) as file:
+        progress = Progress(file, steps)
+        for epoch in range(1, settings.epochs + 1):
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed + epoch)).to(device)
+            for batch in order.split(settings.batch_size):
+                lr = learning_rate(step, steps, settings)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                # Eq. 1 is complete after one pass; only an EMA goes on.
+                terms = model.loss_terms(images[batch], update_anchor=epoch == 1 or settings.anchor == "ema")
+                optimizer.zero_grad()
+                terms["loss"].backward()
+                if settings.clip_grad:
+                    torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad)
+                optimizer.step()
+                step += 1
+                if not progress.add(terms, len(batch), epoch, step, lr, epoch_ends=step % steps_per_epoch == 0):
+                    diverged(run, epoch, step)
+            if not all(p.isfinite().all() for p in parameters):  # the last step of the epoch can break them unseen by its loss
+                diverged(run, epoch, step)
+            with atomic(run / "checkpoint.safetensors") as temporary:
+                save_file(model.learned_state(), temporary)
+
+    # delta of Eq. 10, from the training images themselves: optimistic, since the student has seen them.
+    scores = torch.cat([model.scores(batch)["score"] for batch in images.split(EVAL_BATCH)])
+    model.delta.copy_(calibrate(scores))
+    with atomic(run / "model.safetensors") as temporary:
+        save_file(model.learned_state(), temporary)
+    (run / "checkpoint.safetensors").unlink()
+    print(f"{run}: done; the training images score {scores.mean():.2f} on average, delta is {model.delta:.2f}; "
+          f"next: python evaluate.py {shlex.quote(str(run))}")
+
+
+if __name__ == "__main__":
+    main(*parse(sys.argv[1:]))

@@ -1,0 +1,209 @@
+"""Feature-constrained distillation for visual anomaly detection: the method, Eqs. 1 to 10 in the paper's order.
+
+A frozen ImageNet teacher T and a student S of the same architecture see the same normal images. S learns to give T's features, to
+stay near the mean class token of T (the anchor), and to keep the relations between T's layers (the Gram constraint). On an image
+unlike the training images the two disagree, and both move away from the anchor: that is the anomaly score.
+
+Shapes: B images, T = 1 + P tokens (class token first), D width. `t` and `s` are the features of teacher and student,
+{c: (B, T, D)} for the tapped layers c. Every loss is a mean over the batch; every score is (B,), higher = more anomalous.
+"""
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vit import ViT
+
+LAYERS = (3, 6, 9, 11)  # group_c of section 4.1, counted from 0: Eq. 4 counts c from 0 to M - 1
+TOP_K = 20  # k of Eq. 9, section 4.1
+LAM = 1.0  # lambda of Eq. 6, section 4.1
+READINGS = ("unit", "l2", "mse")  # of the norm in Eqs. 2, 3, 5, 7 and 8
+ANCHORS = ("mean", "ema")
+POS_EMBEDS = ("copy", "learn")
+
+
+def distance(x, y, reading="unit"):
+    """||x - y||_2 of Eqs. 2, 3, 7 and 8: (..., D), (..., D) -> (...).
+
+    The paper takes the norm of raw features and leaves their scale open; the three readings:
+    unit: L2 of the difference of normalised features, so between 0 and 2, and the same for every layer and teacher (default);
+    l2:   L2 of the difference, the letter; grows with the features' norm;
+    mse:  mean square over the D channels.
+    The gradient at x = y is 0 under all three.
+    """
+    if reading == "unit":
+        x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+    if reading == "mse":
+        return (x - y).square().mean(dim=-1)
+    return torch.linalg.vector_norm(x - y, dim=-1)
+
+
+class Anchor(nn.Module):
+    """Eq. 1: anchor = 1/n_d sum_j T_phi_c^cls(d_j), the mean class token (D,) of the teacher over the training images, on the fly.
+
+    mean: cumulative, every image with the same weight; after one pass over the training set it is Eq. 1 exactly (default).
+    ema:  exponential moving average over batches, value = m / (1 - decay^n) so that the zero start leaves no bias.
+    State (saved with the model): the running value and how many images (mean) or batches (ema) it has seen.
+    """
+
+    def __init__(self, width, kind="mean", decay=0.99):
+        super().__init__()
+        self.kind, self.decay = kind, decay
+        self.register_buffer("running", torch.zeros(width))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def update(self, cls):
+        """Take in the teacher's class tokens of one batch, (B, D)."""
+        if self.kind == "mean":
+            self.count += len(cls)
+            self.running += (cls - self.running).sum(dim=0) / self.count
+        else:
+            self.count += 1
+            self.running += (1 - self.decay) * (cls.mean(dim=0) - self.running)
+
+    @property
+    def value(self):
+        """The anchor (D,); no gradient flows into it."""
+        return self.running if self.kind == "mean" else self.running / (1 - self.decay ** self.count)
+
+
+def anchor_loss(s_cls, anchor, reading="unit"):
+    """Eq. 2: L_anchor = ||S_phi_c^cls - anchor||_2, c the last tapped layer; (B, D), (D,) -> scalar, mean over the batch."""
+    return distance(s_cls, anchor, reading).mean()
+
+
+def distill_loss(t, s, reading="unit"):
+    """Eq. 3: L_distill = sum_c [ ||T_phi_c - S_phi_c||_2 + sum_p (1 - <T_phi_cp, S_phi_cp> / (|T_phi_cp| |S_phi_cp|)) ] -> scalar.
+
+    Both terms are taken per token, which makes the bracket Diff of Eq. 8, and averaged over tokens (class token included) and batch;
+    the layers are summed. Averaged, since a sum over 197 tokens would leave lambda = 1 of Eq. 6 no weight.
+    """
+    return sum(diff(t[c], s[c], reading).mean() for c in t)
+
+
+def gram(phi1, phi2, reading="unit"):
+    """Eq. 4: G = phi_c1 (phi_c2)^T, the relation of every token of layer c1 to every token of layer c2; (B, T, D) twice -> (B, T, T).
+
+    Of normalised tokens under `unit` (cosines, between -1 and 1), divided by D otherwise, so that the width does not set the scale.
+    """
+    if reading == "unit":
+        return F.normalize(phi1, dim=-1) @ F.normalize(phi2, dim=-1).mT
+    return phi1 @ phi2.mT / phi1.shape[-1]
+
+
+def gram_loss(t, s, reading="unit"):
+    """Eq. 5: L_Gram = ||G_T - G_S||_2, averaged over the pairs c1 < c2 of the tapped layers (six pairs of four) -> scalar.
+
+    The norm of one T x T matrix is the root mean square of its entries under `unit` and `l2`, their mean square under `mse`;
+    the mean over the batch is taken last.
+    """
+    pairs = list(combinations(t, 2))
+    total = 0
+    for c1, c2 in pairs:
+        difference = (gram(t[c1], t[c2], reading) - gram(s[c1], s[c2], reading)).flatten(1)  # (B, T * T)
+        if reading == "mse":
+            norms = difference.square().mean(dim=1)
+        else:
+            norms = torch.linalg.vector_norm(difference, dim=1) / difference.shape[1] ** 0.5
+        total = total + norms.mean()
+    return total / len(pairs)
+
+
+def total_loss(distill, anchor, gram, lam=LAM):
+    """Eq. 6: L = L_distill + lambda (L_anchor + L_Gram); scalars."""
+    return distill + lam * (anchor + gram)
+
+
+def score_a(t_cls, s_cls, anchor, reading="unit"):
+    """Eq. 7: S_A = ||T_phi_c^cls - anchor||_2 + ||S_phi_c^cls - anchor||_2 -> its two terms apart, (B,) each.
+
+    Apart, because the teacher's term needs no training: it is the baseline that a student has to beat.
+    """
+    return distance(t_cls, anchor, reading), distance(s_cls, anchor, reading)
+
+
+def diff(t, s, reading="unit"):
+    """Eq. 8: Diff_cp = ||T_phi_cp - S_phi_cp||_2 + 1 - cos(T_phi_cp, S_phi_cp), of one layer; (B, T, D) twice -> (B, T)."""
+    return distance(t, s, reading) + 1 - F.cosine_similarity(t, s, dim=-1)
+
+
+def score_d(t, s, top_k=TOP_K, reading="unit"):
+    """Eq. 9: S_D = sum_c ( Diff_c,cls + AvgTopk_p(Diff_c) ), the mean of the k largest over the patch tokens p of each layer -> (B,)."""
+    total = 0
+    for c in t:
+        d = diff(t[c], s[c], reading)  # (B, 1 + P)
+        total = total + d[:, 0] + d[:, 1:].topk(top_k, dim=1).values.mean(dim=1)
+    return total
+
+
+def score(score_d, score_a_teacher, score_a_student):
+    """Eq. 10: Score = S_D + S_A, (B,); an image is anomalous iff Score >= delta."""
+    return score_d + score_a_teacher + score_a_student
+
+
+def calibrate(normal_scores, quantile=0.99):
+    """delta of Eq. 10: the quantile of the scores (n,) of normal images that this share of them stays below -> scalar."""
+    return torch.quantile(normal_scores, quantile)
+
+
+class Distillation(nn.Module):
+    """Teacher, student and anchor: the loss terms of a batch, and the scores of a batch.
+
+    teacher: a ViT, frozen here. The student has its architecture (without head) and random weights, drawn from torch's generator.
+    layers: the tapped blocks, ascending; the last one is c of the anchor. reading: of the norm, see `distance`.
+    pos_embed: "copy" takes the teacher's position embedding and freezes it, strategy 2 of Fig. 7, the method's; "learn" is strategy 1.
+    delta: the threshold of Eq. 10, NaN until calibrated.
+    """
+
+    def __init__(self, teacher, layers=LAYERS, reading="unit", pos_embed="copy", anchor="mean", lam=LAM, top_k=TOP_K):
+        super().__init__()
+        self.layers, self.reading, self.lam, self.top_k = tuple(layers), reading, lam, top_k
+        self.teacher = teacher.requires_grad_(False).eval()
+        self.student = ViT(**teacher.config)
+        if pos_embed == "copy":
+            self.student.pos_embed.data.copy_(teacher.pos_embed)
+            self.student.pos_embed.requires_grad_(False)
+        self.anchor = Anchor(teacher.config["width"], anchor)
+        self.register_buffer("delta", torch.tensor(float("nan")))
+
+    def learned_state(self):
+        """What training made, and scoring needs besides the teacher: the tensors of student, anchor and delta."""
+        return {key: value for key, value in self.state_dict().items() if not key.startswith("teacher.")}
+
+    def load_learned_state(self, state):
+        """The inverse of `learned_state`, strict: every key has to be there and no other."""
+        teacher = {f"teacher.{key}": value for key, value in self.teacher.state_dict().items()}
+        self.load_state_dict({**teacher, **state}, strict=True)
+
+    def features(self, images):
+        """uint8 images (B, 3, S, S) -> (t, s), the features of teacher and student; the teacher's carry no gradient."""
+        images = self.teacher.normalize(images)
+        with torch.no_grad():
+            t = self.teacher(images, self.layers)
+        return t, self.student(images, self.layers)
+
+    def loss_terms(self, images, update_anchor):
+        """The unweighted terms of Eq. 6 and their sum: {"loss", "distill", "anchor", "gram"}, scalars.
+
+        update_anchor: whether the teacher's class tokens of this batch enter Eq. 1 first.
+        """
+        t, s = self.features(images)
+        last = self.layers[-1]
+        if update_anchor:
+            self.anchor.update(t[last][:, 0])
+        terms = {"distill": distill_loss(t, s, self.reading),
+                 "anchor": anchor_loss(s[last][:, 0], self.anchor.value, self.reading),
+                 "gram": gram_loss(t, s, self.reading)}
+        return {"loss": total_loss(**terms, lam=self.lam), **terms}
+
+    @torch.inference_mode()
+    def scores(self, images):
+        """Eq. 10 and what it is made of: {"score", "score_d", "score_a_teacher", "score_a_student"}, (B,) each."""
+        t, s = self.features(images)
+        last = self.layers[-1]
+        parts = dict(zip(("score_a_teacher", "score_a_student"),
+                         score_a(t[last][:, 0], s[last][:, 0], self.anchor.value, self.reading)))
+        parts["score_d"] = score_d(t, s, self.top_k, self.reading)
+        return {"score": score(**parts), **parts}
