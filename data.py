@@ -15,6 +15,7 @@ reduced to 224 x 224"); a split is one uint8 tensor. Normalisation happens on th
 import contextlib
 import datetime
 import difflib
+import json
 import os
 import platform
 import shlex
@@ -109,6 +110,17 @@ def read_image(path, size):
     return np.array(image)
 
 
+def read_config(run):
+    """The config.json of a run folder: settings, teacher, and what the run was made with."""
+    path = Path(run) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        config["settings"], config["teacher"]["sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: expected the settings that train.py wrote, got a file that does not hold them: train the run again") from None
+    return config
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Yield a temporary name beside `path`; rename it to `path` when the block ends, remove it when the block fails."""
@@ -129,7 +141,9 @@ def one_sentence():
     """What a user can mend (a ValueError or OSError from reading input) ends as one sentence and exit code 2, without traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+    except ValueError as error:
         fail(error)
 
 

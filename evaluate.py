@@ -17,7 +17,7 @@ import math
 import sys
 from pathlib import Path
 
-from data import PAPER_AUROC, atomic, fail, one_sentence, pick_device, provenance, test_split
+from data import PAPER_AUROC, atomic, fail, one_sentence, pick_device, provenance, read_config, test_split
 # torch and NumPy are imported where they are first needed: --help and wrong arguments are answered at once.
 
 
@@ -85,7 +85,7 @@ def evaluate(run, args, device, teachers):
     import torch
 
     with one_sentence():
-        config = json.loads((run / "config.json").read_text())
+        config = read_config(run)
         settings = config["settings"]
         model = load_run(run, config, args.weights, device, teachers)
         split = test_split(args.data_root or settings["data_root"], settings["category"], model.teacher.image_size)

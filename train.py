@@ -18,7 +18,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data import PAPER_AUROC, atomic, check_category, fail, one_sentence, pick_device, provenance, train_split
+from data import PAPER_AUROC, atomic, check_category, fail, one_sentence, pick_device, provenance, read_config, train_split
 # torch is imported where it is first needed: --help and wrong arguments are answered at once.
 
 # Section 4.1 of the paper gives lr and batch size; epochs are ours (README, "What the paper leaves open").
@@ -116,7 +116,7 @@ def is_complete(run, settings):
     """Whether the run exists already, with these settings; refuses, naming the difference, if it exists with others."""
     if not (run / "model.safetensors").is_file():
         return False
-    then = json.loads((run / "config.json").read_text())["settings"]
+    then = read_config(run)["settings"]
     now = json.loads(json.dumps(dataclasses.asdict(settings)))  # tuples become lists, as in the file
     different = [f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name] and name not in ("out", "device")]
     if different:

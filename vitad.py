@@ -66,7 +66,7 @@ class Anchor(nn.Module):
     @property
     def value(self):
         """The anchor (D,); no gradient flows into it."""
-        return self.running if self.kind == "mean" else self.running / (1 - self.decay ** self.count)
+        return self.running if self.kind == "mean" else self.running / (1 - self.decay ** self.count.double())
 
 
 def anchor_loss(s_cls, anchor, reading="unit"):
@@ -77,8 +77,9 @@ def anchor_loss(s_cls, anchor, reading="unit"):
 def distill_loss(t, s, reading="unit"):
     """Eq. 3: L_distill = sum_c [ ||T_phi_c - S_phi_c||_2 + sum_p (1 - <T_phi_cp, S_phi_cp> / (|T_phi_cp| |S_phi_cp|)) ] -> scalar.
 
-    Both terms are taken per token, which makes the bracket Diff of Eq. 8, and averaged over tokens (class token included) and batch;
-    the layers are summed. Averaged, since a sum over 197 tokens would leave lambda = 1 of Eq. 6 no weight.
+    Both terms are taken per token, which makes the bracket the Diff of Eq. 8; the layers are summed.
+    Deviation: a mean over tokens (class token included) and batch, where Eq. 3 sums over p; a sum over 197 tokens would be 197 times
+    larger and leave lambda = 1 of Eq. 6 no weight.
     """
     return sum(diff(t[c], s[c], reading).mean() for c in t)
 
@@ -86,7 +87,8 @@ def distill_loss(t, s, reading="unit"):
 def gram(phi1, phi2, reading="unit"):
     """Eq. 4: G = phi_c1 (phi_c2)^T, the relation of every token of layer c1 to every token of layer c2; (B, T, D) twice -> (B, T, T).
 
-    Of normalised tokens under `unit` (cosines, between -1 and 1), divided by D otherwise, so that the width does not set the scale.
+    Deviation: of normalised tokens under `unit` (so cosines, between -1 and 1; with raw tokens the paper's learning rate diverges),
+    divided by D otherwise, so that the width does not set the scale.
     """
     if reading == "unit":
         return F.normalize(phi1, dim=-1) @ F.normalize(phi2, dim=-1).mT
@@ -96,8 +98,8 @@ def gram(phi1, phi2, reading="unit"):
 def gram_loss(t, s, reading="unit"):
     """Eq. 5: L_Gram = ||G_T - G_S||_2, averaged over the pairs c1 < c2 of the tapped layers (six pairs of four) -> scalar.
 
-    The norm of one T x T matrix is the root mean square of its entries under `unit` and `l2`, their mean square under `mse`;
-    the mean over the batch is taken last.
+    Deviation: the norm of a T x T matrix is the root mean square of its entries (mean square under `mse`), 1/T of the Frobenius norm,
+    so that it does not grow with the number of tokens; the mean over the batch is taken last.
     """
     pairs = list(combinations(t, 2))
     total = 0

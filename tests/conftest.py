@@ -37,7 +37,9 @@ def perturb(module, seed=0, scale=0.05):
 
 
 def tiny_vit(seed=0, **changes):
-    return perturb(ViT(**{**TINY, **changes}), seed, scale=0.1).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return perturb(ViT(**{**TINY, **changes}), seed, scale=0.1).eval()
 
 
 def save_vit(vit, path, **changes):

@@ -12,15 +12,15 @@ sha256 of the original in its metadata. ViT-B/16 takes a few seconds.
 import argparse
 import json
 import math
-import pickle
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
@@ -135,10 +135,15 @@ def read(path):
                 return {key: file.get_tensor(key) for key in file.keys()}, "vitad" in (file.metadata() or {})
         if path.suffix not in (".pth", ".pt", ".bin"):
             raise ValueError("the suffix is none of .safetensors, .npz, .pth, .pt, .bin")
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, ValueError, EOFError, OSError, RuntimeError) as error:
+    except Exception as error:  # parsers on foreign bytes fail in every way there is
         raise ValueError(f"{path}: expected a checkpoint of plain tensors, got a file that cannot be read as one "
                          f"({str(error).splitlines()[0]}): download it again") from None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # the same; torch's text advises to let the code in the file run
+        raise ValueError(f"{path}: expected a checkpoint of plain tensors, got a broken file or one with code in it, which is not run: "
+                         f"download it again, or save a plain state_dict") from None
     for wrapper in ("model", "state_dict", "teacher"):  # DeiT and MAE, many others, DINO's full checkpoint
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]

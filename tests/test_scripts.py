@@ -1,0 +1,202 @@
+"""train.py and evaluate.py as a user runs them, in processes of their own, on a few generated images and a tiny teacher."""
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_sentence, make_category, run, save_vit, tiny_vit
+from safetensors.torch import load_file
+
+from evaluate import auroc, table
+
+TRAIN, EVALUATE = ROOT / "train.py", ROOT / "evaluate.py"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a category `bottle`, a tiny teacher and one finished run."""
+    folder = tmp_path_factory.mktemp("world")
+    make_category(folder / "data" / "bottle")
+    save_vit(tiny_vit(), folder / "teacher.safetensors")
+    process = run(TRAIN, *arguments(folder), cwd=folder)
+    assert process.returncode == 0, process.stderr
+    assert not process.stderr
+    return folder
+
+
+def arguments(folder, **changes):
+    values = {"dataset": "mvtec", "category": "bottle", "data-root": folder / "data", "weights": folder / "teacher.safetensors", "epochs": 2, **changes}
+    return [part for name, value in values.items() for part in (f"--{name}", value)]
+
+
+def run_folder(world):
+    return world / "runs" / "mvtec" / "bottle" / "seed0"
+
+
+def test_the_run_folder(world):
+    folder = run_folder(world)
+    assert sorted(path.name for path in folder.iterdir() if path.name not in ("scores.csv", "result.json")) == ["config.json", "log.jsonl", "model.safetensors"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"]["lr"] == 0.2 and config["settings"]["batch_size"] == 4 and config["settings"]["epochs"] == 2
+    assert len(config["teacher"]["sha256"]) == 64 and config["versions"]["torch"] == torch.__version__ and "train.py" in config["command"]
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 4 and {"epoch", "lr", "loss", "distill", "anchor", "gram", "images_per_s"} <= set(log[-1])
+    state = load_file(folder / "model.safetensors")
+    assert state["anchor.count"] == 6 and state["delta"].isfinite() and not any(key.startswith("teacher") for key in state)
+
+
+def test_evaluate_prints_the_table_and_writes_scores(world):
+    process = run(EVALUATE, cwd=world)
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert lines[-2].split()[:2] == ["bottle", "0"] and lines[-1].split()[0] == "mean" and lines[-1].split()[2] == "100.00"
+    result = json.loads((run_folder(world) / "result.json").read_text())
+    with open(run_folder(world) / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["image", "label", "score", "score_d", "score_a_teacher", "score_a_student"]
+    assert [row["image"] for row in rows] == [f"test/good/{i:03d}.png" for i in range(4)] + [f"test/stain/{i:03d}.png" for i in range(5)]
+    assert [int(row["label"]) for row in rows] == [0] * 4 + [1] * 5
+    scores = np.array([float(row["score"]) for row in rows])
+    parts = sum(np.array([float(row[c]) for row in rows]) for c in ("score_d", "score_a_teacher", "score_a_student"))
+    np.testing.assert_allclose(scores, parts, rtol=1e-6)
+    assert result["auroc"] == pytest.approx(naive_auroc(scores, [0] * 4 + [1] * 5))
+    assert lines[-1].split()[1] == f"{result['auroc']:.2f}"
+    assert {"dataset": "mvtec", "category": "bottle", "seed": 0, "paper_auroc": 100.0, "n_normal": 4, "n_anomalous": 5}.items() <= result.items()
+
+
+def test_the_same_command_gives_the_same_bytes_and_another_seed_others(world):
+    for out, seed in (("again", 0), ("other", 1)):
+        assert run(TRAIN, *arguments(world, out=out, seed=seed), cwd=world).returncode == 0
+    model = (run_folder(world) / "model.safetensors").read_bytes()
+    assert (world / "again/mvtec/bottle/seed0/model.safetensors").read_bytes() == model
+    assert (world / "other/mvtec/bottle/seed1/model.safetensors").read_bytes() != model
+
+
+def test_training_reads_no_test_image(world, tmp_path):
+    shutil.copytree(world / "data" / "bottle" / "train", tmp_path / "data" / "bottle" / "train")
+    shutil.copy(world / "teacher.safetensors", tmp_path)
+    assert run(TRAIN, *arguments(tmp_path), cwd=tmp_path).returncode == 0  # there is no test split at all
+    assert (run_folder(tmp_path) / "model.safetensors").read_bytes() == (run_folder(world) / "model.safetensors").read_bytes()
+    assert_one_sentence(run(EVALUATE, cwd=tmp_path), "test: expected a folder of test images")
+    assert "test_split" not in TRAIN.read_text()
+
+
+def test_a_complete_run_is_kept(world):
+    before = {path: path.read_bytes() for path in run_folder(world).iterdir()}
+    process = run(TRAIN, *arguments(world), cwd=world)
+    assert process.returncode == 0 and "complete, nothing to do" in process.stdout
+    assert_one_sentence(run(TRAIN, *arguments(world, lr=0.1), cwd=world), "lr 0.2 -> 0.1", "--overwrite")
+    assert {path: path.read_bytes() for path in run_folder(world).iterdir()} == before
+
+
+def test_overwrite_starts_again(world, tmp_path):
+    shutil.copytree(world, tmp_path / "world")
+    process = run(TRAIN, *arguments(tmp_path / "world", epochs=1), "--overwrite", cwd=tmp_path / "world")
+    assert process.returncode == 0, process.stderr
+    assert json.loads((run_folder(tmp_path / "world") / "config.json").read_text())["settings"]["epochs"] == 1
+    assert not (run_folder(tmp_path / "world") / "result.json").exists()  # it belonged to the old run
+
+
+@pytest.mark.parametrize("options", [
+    {"distance": "mse", "clip-grad": 1, "anchor": "ema"}, {"distance": "l2", "clip-grad": 1, "pos-embed": "learn"},
+    {"optimizer": "adamw", "layers": "2,4", "top-k": 3, "momentum": 0}, {"decay": "constant", "warmup": 0, "lam": 0, "batch-size": 64},
+])
+def test_every_option_trains_and_evaluates(world, tmp_path, options):
+    process = run(TRAIN, *arguments(world, out=tmp_path, epochs=1, **options), cwd=world)
+    assert process.returncode == 0, process.stderr
+    process = run(EVALUATE, "--out", tmp_path, cwd=world)
+    assert process.returncode == 0, process.stderr
+    settings = json.loads((tmp_path / "mvtec/bottle/seed0/config.json").read_text())["settings"]
+    assert settings["lr"] == (5e-4 if options.get("optimizer") == "adamw" else 0.2)
+
+
+def test_a_diverging_run_ends_in_one_sentence_and_keeps_the_last_good_epoch(world, tmp_path):
+    process = run(TRAIN, *arguments(world, out=tmp_path, epochs=40, distance="mse", lr=1e6, warmup=1000), cwd=world)
+    assert_one_sentence(process, "stopped being finite", "holds the last good epoch", "--clip-grad 1")
+    folder = tmp_path / "mvtec/bottle/seed0"
+    assert not (folder / "model.safetensors").exists()
+    assert all(value.isfinite().all() for key, value in load_file(folder / "checkpoint.safetensors").items() if key != "delta")
+    assert_one_sentence(run(EVALUATE, folder, cwd=world), "model.safetensors", "unfinished")
+
+
+def test_evaluate_refuses_another_teacher(world, tmp_path):
+    save_vit(tiny_vit(seed=1), tmp_path / "other.safetensors")
+    assert_one_sentence(run(EVALUATE, "--weights", tmp_path / "other.safetensors", cwd=world), "sha256", "--weights")
+
+
+def test_evaluate_says_what_is_missing_or_broken(world, tmp_path):
+    assert_one_sentence(run(EVALUATE, "--out", tmp_path, cwd=world), "expected complete runs")
+    assert_one_sentence(run(EVALUATE, tmp_path / "nowhere", cwd=world), "expected a complete run, got none")
+    shutil.copytree(run_folder(world), tmp_path / "run")
+    model = tmp_path / "run" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-100])
+    assert_one_sentence(run(EVALUATE, tmp_path / "run", cwd=world), "model.safetensors", "train the run again")
+    shutil.copy(run_folder(world) / "model.safetensors", model)
+    (tmp_path / "run" / "config.json").write_text('{"settings": {')
+    assert_one_sentence(run(EVALUATE, tmp_path / "run", cwd=world), "config.json")
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"dataset": "mvtek"}, ["invalid choice: 'mvtek'", "mvtec"]),
+    ({"category": "botle"}, ["got 'botle'", "did you mean bottle"]),
+    ({"data-root": "nowhere"}, ["nowhere/bottle: expected the folder"]),
+    ({"weights": "nowhere.safetensors"}, ["nowhere.safetensors", "no such file", "weights/README.md"]),
+    ({"epochs": 0}, ["--epochs: expected at least 1, got 0"]),
+    ({"batch-size": -4}, ["--batch-size: expected at least 1"]),
+    ({"lr": -0.1}, ["--lr: expected more than 0"]),
+    ({"lr": "nan"}, ["--lr: expected more than 0"]),
+    ({"momentum": -1}, ["--momentum: expected 0 or more"]),
+    ({"layers": "9,3"}, ["--layers: expected ascending", "9,3"]),
+    ({"layers": "3,x"}, ["--layers", "'3,x'"]),
+    ({"layers": "3,12"}, ["--layers: expected block numbers below 12", "got 12"]),
+    ({"top-k": 50}, ["--top-k: expected at most 49", "got 50"]),
+    ({"device": "gpu"}, ["--device", "'gpu'"]),
+    ({"out": "/dev/null/runs"}, ["/dev/null/runs"]),
+])
+def test_bad_input_is_one_sentence(world, changes, words):
+    assert_one_sentence(run(TRAIN, *arguments(world, **{"out": "elsewhere", **changes}), cwd=world), *words)
+    assert not (world / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("script", [TRAIN, EVALUATE])
+def test_help_needs_no_torch(script, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    process = run(script, "--help", env={"PYTHONPATH": str(tmp_path)})
+    assert process.returncode == 0 and "usage" in process.stdout, process.stderr
+    process = run(TRAIN, "--category", "botle", env={"PYTHONPATH": str(tmp_path)})
+    assert_one_sentence(process, "did you mean bottle")
+
+
+# ------------------------------------------------------------------------------------------------------------------- AUROC
+
+def naive_auroc(scores, labels):
+    """Every pair of an anomalous and a normal image: 1 if the anomalous one scores higher, a half if they tie."""
+    won = [1.0 if a > n else 0.5 if a == n else 0.0
+           for a, la in zip(scores, labels) if la == 1 for n, ln in zip(scores, labels) if ln == 0]
+    return 100 * sum(won) / len(won)
+
+
+@pytest.mark.parametrize("levels", [2, 5, 1000])
+def test_auroc_equals_its_definition_over_pairs(levels):
+    random = np.random.default_rng(levels)
+    for _ in range(20):
+        scores, labels = random.integers(0, levels, 60) / 7, random.integers(0, 2, 60)
+        assert auroc(scores, labels) == pytest.approx(naive_auroc(scores, labels), rel=1e-12)
+
+
+def test_auroc_at_its_ends():
+    assert auroc([1, 2, 3, 4], [0, 0, 1, 1]) == 100 and auroc([4, 3, 2, 1], [0, 0, 1, 1]) == 0
+    assert auroc([5, 5, 5], [0, 1, 1]) == 50
+    assert np.isnan(auroc([1, 2], [1, 1])) and np.isnan(auroc([1, 2], [0, 0]))
+
+
+def test_table_means_over_categories_each_the_mean_of_its_seeds():
+    def row(category, seed, value, paper):
+        keys = ("auroc", "auroc_score_d", "auroc_score_a", "auroc_score_a_teacher")
+        return {"category": category, "seed": seed, "paper_auroc": paper, **{key: value for key in keys}}
+
+    lines = table([row("bottle", 0, 90.0, 100.0), row("bottle", 1, 100.0, 100.0), row("pill", 0, 65.0, 88.0)]).splitlines()
+    assert len(lines) == 5 and lines[-1].split() == ["mean", "80.00", "94.00", "80.00", "80.00", "80.00"]
+    assert table([row("own", 0, None, None)]).splitlines()[-1].split() == ["mean"] + ["n/a"] * 5

@@ -1,0 +1,297 @@
+"""The equations of vitad.py against naive NumPy loops in float64, written from the paper; and who learns from what."""
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from conftest import perturb, tiny_vit
+
+import vitad
+
+LAYERS, B, T, D, K = (3, 6, 9, 11), 3, 9, 5, 4
+READINGS = ("unit", "l2", "mse")
+
+
+def features(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {c: torch.randn(B, T, D, dtype=torch.float64, generator=generator) for c in LAYERS}
+
+
+@pytest.fixture
+def t():
+    return features(0)
+
+
+@pytest.fixture
+def s():
+    return features(1)
+
+
+@pytest.fixture
+def anchor():
+    return torch.randn(D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def naive_norm(x, y, reading):
+    """||x - y||_2 of two vectors, in its three readings, one channel at a time."""
+    x, y = [float(v) for v in x], [float(v) for v in y]
+    if reading == "unit":
+        length_x, length_y = sum(v * v for v in x) ** 0.5, sum(v * v for v in y) ** 0.5
+        x, y = [v / length_x for v in x], [v / length_y for v in y]
+    square = sum((a - b) ** 2 for a, b in zip(x, y))
+    return square / len(x) if reading == "mse" else square ** 0.5
+
+
+def naive_cosine(x, y):
+    return float(np.dot(x, y)) / (float(np.dot(x, x)) ** 0.5 * float(np.dot(y, y)) ** 0.5)
+
+
+def naive_diff(t, s, reading):
+    return naive_norm(t, s, reading) + 1 - naive_cosine(t, s)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_eq2_anchor_loss(s, anchor, reading):
+    expected = np.mean([naive_norm(s[11][b, 0].numpy(), anchor.numpy(), reading) for b in range(B)])
+    assert vitad.anchor_loss(s[11][:, 0], anchor, reading).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_eq3_distill_loss(t, s, reading):
+    expected = 0
+    for c in LAYERS:
+        norms = [naive_norm(t[c][b, p].numpy(), s[c][b, p].numpy(), reading) for b in range(B) for p in range(T)]
+        cosines = [1 - naive_cosine(t[c][b, p].numpy(), s[c][b, p].numpy()) for b in range(B) for p in range(T)]
+        expected += np.mean(norms) + np.mean(cosines)
+    assert vitad.distill_loss(t, s, reading).item() == pytest.approx(expected, rel=1e-12)
+
+
+def naive_gram(x, y, reading):
+    g = np.zeros((T, T))
+    for i in range(T):
+        for j in range(T):
+            g[i, j] = naive_cosine(x[i], y[j]) if reading == "unit" else float(np.dot(x[i], y[j])) / D
+    return g
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_eq4_gram(t, reading):
+    g = vitad.gram(t[3], t[6], reading)
+    assert g.shape == (B, T, T)
+    for b in range(B):
+        np.testing.assert_allclose(g[b].numpy(), naive_gram(t[3][b].numpy(), t[6][b].numpy(), reading), rtol=1e-12)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_eq5_gram_loss(t, s, reading):
+    norms = []
+    for c1, c2 in [(3, 6), (3, 9), (3, 11), (6, 9), (6, 11), (9, 11)]:
+        for b in range(B):
+            difference = (naive_gram(t[c1][b].numpy(), t[c2][b].numpy(), reading)
+                          - naive_gram(s[c1][b].numpy(), s[c2][b].numpy(), reading))
+            square = sum(v * v for v in difference.flat) / (T * T)
+            norms.append(square if reading == "mse" else square ** 0.5)
+    assert vitad.gram_loss(t, s, reading).item() == pytest.approx(np.mean(norms), rel=1e-12)
+
+
+def test_eq6_total_loss():
+    assert vitad.total_loss(2.0, 0.25, 0.5, lam=3.0) == 2.0 + 3.0 * (0.25 + 0.5)
+    assert vitad.total_loss(2.0, 0.25, 0.5) == 2.75  # the paper's lambda is 1
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_eq7_score_a(t, s, anchor, reading):
+    of_teacher, of_student = vitad.score_a(t[11][:, 0], s[11][:, 0], anchor, reading)
+    for b in range(B):
+        assert of_teacher[b].item() == pytest.approx(naive_norm(t[11][b, 0].numpy(), anchor.numpy(), reading), rel=1e-12)
+        assert of_student[b].item() == pytest.approx(naive_norm(s[11][b, 0].numpy(), anchor.numpy(), reading), rel=1e-12)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_eq8_diff(t, s, reading):
+    d = vitad.diff(t[9], s[9], reading)
+    assert d.shape == (B, T)
+    for b in range(B):
+        for p in range(T):
+            assert d[b, p].item() == pytest.approx(naive_diff(t[9][b, p].numpy(), s[9][b, p].numpy(), reading), rel=1e-12)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_eq9_score_d(t, s, reading):
+    result = vitad.score_d(t, s, K, reading)
+    for b in range(B):
+        expected = 0
+        for c in LAYERS:
+            d = [naive_diff(t[c][b, p].numpy(), s[c][b, p].numpy(), reading) for p in range(T)]
+            expected += d[0] + sum(sorted(d[1:], reverse=True)[:K]) / K  # the class token stands first and apart
+        assert result[b].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_eq10_score_and_delta():
+    assert vitad.score(torch.tensor([5.0]), torch.tensor([2.0]), torch.tensor([0.5])).item() == 7.5
+    scores = torch.arange(101.0)
+    assert vitad.calibrate(scores, 0.99).item() == 99 and vitad.calibrate(scores, 0.5).item() == 50
+
+
+def test_unit_reading_does_not_see_scale(t, s):
+    bigger = {c: 17 * s[c] for c in LAYERS}
+    for function in (vitad.distill_loss, vitad.gram_loss):
+        assert function(t, bigger).item() == pytest.approx(function(t, s).item(), rel=1e-12)
+        assert function(t, bigger, "l2").item() != pytest.approx(function(t, s, "l2").item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_gradients(reading):
+    generator = torch.Generator().manual_seed(3)
+    t = {c: torch.randn(2, 3, 4, dtype=torch.float64, generator=generator) for c in LAYERS}
+    s = [torch.randn(2, 3, 4, dtype=torch.float64, generator=generator, requires_grad=True) for _ in LAYERS]
+    anchor = torch.randn(4, dtype=torch.float64, generator=generator)
+
+    def loss(*s):
+        s = dict(zip(LAYERS, s))
+        return vitad.total_loss(vitad.distill_loss(t, s, reading), vitad.anchor_loss(s[11][:, 0], anchor, reading),
+                                vitad.gram_loss(t, s, reading))
+
+    assert torch.autograd.gradcheck(loss, s)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_gradient_is_finite_where_student_equals_teacher(t, reading):
+    s = {c: t[c].clone().requires_grad_() for c in LAYERS}
+    loss = vitad.distill_loss(t, s, reading) + vitad.gram_loss(t, s, reading) + vitad.anchor_loss(s[11][:, 0], t[11][0, 0], reading)
+    loss.backward()
+    assert all(x.grad.isfinite().all() for x in s.values())
+
+
+# ------------------------------------------------------------------------------------------------------------------ anchor
+
+def test_eq1_cumulative_mean_weighs_every_image_the_same():
+    cls = torch.randn(10, D)
+    anchor = vitad.Anchor(D)
+    for batch in cls.split(4):  # 4, 4 and 2 images
+        anchor.update(batch)
+    torch.testing.assert_close(anchor.value, cls.mean(dim=0))
+
+
+def test_eq1_moving_average_is_not_biased_towards_its_zero_start():
+    batches, decay = torch.randn(5, 4, D, dtype=torch.float64), 0.9
+    anchor = vitad.Anchor(D, "ema", decay).double()
+    weights = []
+    for n, batch in enumerate(batches):
+        anchor.update(batch)
+        weights = [w * decay for w in weights] + [1 - decay]
+        expected = sum(w * b.mean(dim=0) for w, b in zip(weights, batches)) / sum(weights)
+        torch.testing.assert_close(anchor.value, expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ Distillation
+
+IMAGES = torch.randint(0, 256, (5, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+
+
+def distillation(**options):
+    torch.manual_seed(0)
+    return vitad.Distillation(tiny_vit(), **options)
+
+
+def test_only_the_student_learns():
+    model = distillation()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    terms = model.loss_terms(IMAGES, update_anchor=True)
+    terms["loss"].backward()
+    optimizer.step()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert all(p.grad is None for p in model.teacher.parameters()) and not model.anchor.value.requires_grad
+    assert not any(key.startswith("teacher.") for key in changed)
+    assert "student.pos_embed" not in changed and "student.patch_embed.proj.weight" in changed and "student.cls_token" in changed
+    assert all(f"student.blocks.{i}.attn.qkv.weight" in changed for i in range(12))
+
+
+def test_loss_terms_are_eq6_of_the_features():
+    model = distillation(lam=0.5, layers=(2, 5), reading="mse")
+    terms = model.loss_terms(IMAGES, update_anchor=True)
+    t, s = model.features(IMAGES)
+    torch.testing.assert_close(model.anchor.value, t[5][:, 0].mean(dim=0))
+    torch.testing.assert_close(terms["distill"], vitad.distill_loss(t, s, "mse"))
+    torch.testing.assert_close(terms["anchor"], vitad.anchor_loss(s[5][:, 0], t[5][:, 0].mean(dim=0), "mse"))
+    torch.testing.assert_close(terms["gram"], vitad.gram_loss(t, s, "mse"))
+    torch.testing.assert_close(terms["loss"], terms["distill"] + 0.5 * (terms["anchor"] + terms["gram"]))
+    assert not any(x.requires_grad for x in t.values()) and all(x.requires_grad for x in s.values())
+
+
+def test_anchor_stays_when_not_asked_to_move():
+    model = distillation()
+    model.loss_terms(IMAGES[:2], update_anchor=True)
+    before = model.anchor.value.clone()
+    model.loss_terms(IMAGES[2:], update_anchor=False)
+    assert torch.equal(model.anchor.value, before)
+
+
+def test_position_embedding_strategies():
+    copied, learnt = distillation(pos_embed="copy"), distillation(pos_embed="learn")
+    assert torch.equal(copied.student.pos_embed, copied.teacher.pos_embed) and not copied.student.pos_embed.requires_grad
+    assert not torch.equal(learnt.student.pos_embed, learnt.teacher.pos_embed) and learnt.student.pos_embed.requires_grad
+
+
+def test_student_is_random_and_has_the_teachers_architecture():
+    model = distillation()
+    assert model.student.config == model.teacher.config and model.student.head is None
+    for key, value in model.student.named_parameters():
+        if key.endswith("weight") and value.ndim > 1:
+            assert not torch.equal(value, model.teacher.state_dict()[key])
+            assert 0.015 < value.std() < 0.025
+
+
+def test_scores_are_eq10_of_the_features():
+    model = distillation(top_k=7)
+    model.loss_terms(IMAGES, update_anchor=True)
+    parts = model.scores(IMAGES)
+    with torch.no_grad():
+        t, s = model.features(IMAGES)
+    anchor = model.anchor.value
+    torch.testing.assert_close(parts["score_d"], vitad.score_d(t, s, 7))
+    torch.testing.assert_close(parts["score_a_teacher"], vitad.distance(t[11][:, 0], anchor))
+    torch.testing.assert_close(parts["score_a_student"], vitad.distance(s[11][:, 0], anchor))
+    torch.testing.assert_close(parts["score"], parts["score_d"] + parts["score_a_teacher"] + parts["score_a_student"])
+
+
+def test_scores_do_not_depend_on_the_batch():
+    model = distillation()
+    model.loss_terms(IMAGES, update_anchor=True)
+    together = model.scores(IMAGES)["score"]
+    alone = torch.cat([model.scores(image[None])["score"] for image in IMAGES])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+
+
+def test_learned_state_carries_all_that_scoring_needs():
+    model, other = distillation(), distillation()
+    perturb(model.student, seed=9)
+    model.loss_terms(IMAGES, update_anchor=True)
+    model.delta.fill_(3.5)
+    state = model.learned_state()
+    assert not any(key.startswith("teacher.") for key in state)
+    other.load_learned_state(state)
+    assert other.delta == 3.5
+    assert torch.equal(other.scores(IMAGES)["score"], model.scores(IMAGES)["score"])
+    del state["anchor.running"]
+    with pytest.raises(RuntimeError, match="anchor.running"):
+        other.load_learned_state(state)
+
+
+def test_training_lowers_the_loss():
+    model = distillation()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+    losses = []
+    for step in range(30):
+        terms = model.loss_terms(IMAGES, update_anchor=step == 0)
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+        losses.append(terms["loss"].item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_pairs_of_the_default_layers():
+    assert vitad.LAYERS == LAYERS and len(list(combinations(vitad.LAYERS, 2))) == 6 and vitad.TOP_K == 20 and vitad.LAM == 1
