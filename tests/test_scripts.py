@@ -1,7 +1,12 @@
 """train.py and evaluate.py as a user runs them, in processes of their own, on a few generated images and a tiny teacher."""
+import contextlib
 import csv
 import json
+import os
+import pty
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -200,3 +205,16 @@ def test_table_means_over_categories_each_the_mean_of_its_seeds():
     lines = table([row("bottle", 0, 90.0, 100.0), row("bottle", 1, 100.0, 100.0), row("pill", 0, 65.0, 88.0)]).splitlines()
     assert len(lines) == 5 and lines[-1].split() == ["mean", "80.00", "94.00", "80.00", "80.00", "80.00"]
     assert table([row("own", 0, None, None)]).splitlines()[-1].split() == ["mean"] + ["n/a"] * 5
+
+
+def test_progress_is_one_updating_line_in_a_terminal(world, tmp_path):
+    terminal, end = pty.openpty()
+    command = [sys.executable, str(TRAIN), *map(str, arguments(world, out=tmp_path, epochs=1))]
+    process = subprocess.Popen(command, cwd=world, stdout=end, stderr=subprocess.PIPE)
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while part := os.read(terminal, 4096):
+            shown += part
+    assert process.wait() == 0, process.stderr.read()
+    assert b"\r\x1b[Kepoch 1 step 2/2 loss" in shown and b"distill" in shown and b"images/s 0:00 left" in shown
