@@ -5,7 +5,7 @@
 
 writes runs/mvtec/bottle/seed0/: model.safetensors (student, anchor, delta; the teacher is named by sha256 in config.json),
 config.json (settings, versions, device, command) and log.jsonl (one line every ten steps). `python evaluate.py` scores it.
-With DeiT-Tiny this takes TIME_HERE on 2 CPU cores. Only train/good is ever read: no test image, no test AUROC. The last epoch is the result.
+With DeiT-Tiny this takes 9 minutes on 2 CPU cores. Only train/good is ever read: no test image, no test AUROC. The last epoch is the result.
 """
 import argparse
 import dataclasses

@@ -279,8 +279,7 @@ def metadata(path, digest, args, heads, norm_pre):
                          "(OpenAI's CLIP) or gelu (most others)")
     heads = args.heads or heads
     return {"mean": list(mean), "std": list(std), "activation": activation, "eps": eps, **({"heads": heads} if heads else {}),
-            "name": name if name in KNOWN else path.stem, "source": args.source or source, "license": args.license or license,
-            "original": path.name, "original_sha256": digest}
+            "name": name if name in KNOWN else path.stem, "source": args.source or source, "license": args.license or license, "original_sha256": digest}
 
 
 def convert(path, out, args):
