@@ -17,7 +17,8 @@ import math
 import sys
 from pathlib import Path
 
-from data import PAPER_AUROC, atomic, fail, one_sentence, pick_device, provenance, read_config, test_split
+from data import PAPER_AUROC, atomic, fail, one_sentence, test_split
+from train import pick_device, provenance, read_config
 # torch and NumPy are imported where they are first needed: --help and wrong arguments are answered at once.
 
 
@@ -60,9 +61,10 @@ def load_run(run, config, weights, device, teachers):
 
     from vit import load_vit
     from vitad import Distillation
+    from weights.download import weights_file
 
     settings = config["settings"]
-    path = weights or settings["weights"]
+    path = weights_file(weights or settings["weights"])
     if path not in teachers:
         teachers[path] = load_vit(path)
     teacher, expected = teachers[path], config["teacher"]["sha256"]
@@ -88,7 +90,8 @@ def evaluate(run, args, device, teachers):
         config = read_config(run)
         settings = config["settings"]
         model = load_run(run, config, args.weights, device, teachers)
-        split = test_split(args.data_root or settings["data_root"], settings["category"], model.teacher.image_size)
+        split = test_split(settings["dataset"], args.data_root or settings["data_root"], settings["category"], model.teacher.image_size,
+                           args.skip_bad)
     batches = [model.scores(images.to(device)) for images in split.images.split(args.batch_size)]
     scores = {name: torch.cat([batch[name] for batch in batches]).cpu().numpy() for name in batches[0]}
     if not all(np.isfinite(values).all() for values in scores.values()):
@@ -103,9 +106,9 @@ def evaluate(run, args, device, teachers):
     result = {"dataset": settings["dataset"], "category": settings["category"], "seed": settings["seed"],
               **{name: None if math.isnan(value) else value for name, value in percent.items()},
               "paper_auroc": PAPER_AUROC[settings["dataset"]].get(settings["category"]),
-              "n_normal": int((labels == 0).sum()), "n_anomalous": int((labels == 1).sum()),
+              "n_normal": int((labels == 0).sum()), "n_anomalous": int((labels == 1).sum()), "skipped": split.skipped,
               "delta": delta, "false_alarms": int((anomalous & (labels == 0)).sum()), "misses": int((~anomalous & (labels == 1)).sum()),
-              "teacher_sha256": config["teacher"]["sha256"], "trained": {k: config[k] for k in ("commit", "device", "command", "date")},
+              "teacher": config["teacher"].get("name"), "teacher_sha256": config["teacher"]["sha256"], "trained": {k: config[k] for k in ("commit", "device", "command", "date")},
               **provenance(device)}
     columns = ("score", "score_d", "score_a_teacher", "score_a_student")
     with one_sentence():
@@ -149,6 +152,7 @@ def main():
     parser.add_argument("--out", default="runs", help="where to look for runs (default runs)")
     parser.add_argument("--data-root", help="folder that holds the categories (default: as in training)")
     parser.add_argument("--weights", help="the teacher's file (default: as in training)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out test images that do not decode, and list them at the end")
     parser.add_argument("--batch-size", type=int, default=32, help="images at a time; scores do not depend on it (default 32)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
     args = parser.parse_args()
@@ -164,8 +168,13 @@ def main():
         if sys.stderr.isatty():
             print(f"{run}: {result['n_normal']} normal, {result['n_anomalous']} anomalous", file=sys.stderr)
     for dataset, rows in results.items():
-        print(f"{dataset}: image AUROC in %, last epoch")
+        order = list(PAPER_AUROC[dataset])  # the paper's, then what it does not have
+        rows.sort(key=lambda row: (order.index(row["category"]) if row["category"] in order else len(order), row["seed"]))
+        teacher = ", ".join(sorted({str(row["teacher"]) for row in rows}))
+        print(f"{dataset}: image AUROC in %, last epoch, teacher {teacher}")
         print(table(rows))
+    for why in (why for rows in results.values() for row in rows for why in row["skipped"]):
+        print(f"skipped: {why}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -107,8 +107,8 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(width, eps)
         self.head = nn.Linear(width, classes) if classes else None
         # Buffers outside the state dict; their explicit device keeps them real when load_vit builds the rest on "meta".
-        self.register_buffer("mean", torch.tensor(mean, device="cpu").view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, device="cpu").view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32, device="cpu").view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32, device="cpu").view(3, 1, 1), persistent=False)
         self.initialise()
 
     def initialise(self):
@@ -120,9 +120,13 @@ class ViT(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def normalize(self, images):
-        """uint8 images (B, 3, S, S) -> what the weights expect, (images / 255 - mean) / std, in the weights' dtype."""
-        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+    def prepare(self, images):
+        """uint8 images (B, 3, s, s) of any size -> what the weights expect, (B, 3, S, S): enlarged (bicubic), (x / 255 - mean) / std."""
+        images = images.to(self.mean.dtype)
+        if images.shape[-1] != self.image_size:
+            # antialias=True is Pillow's bicubic kernel, the one that `data.read_image` resizes with
+            images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", antialias=True).clamp(0, 255)
+        return (images / 255 - self.mean) / self.std
 
     def forward(self, images, layers):
         """Normalised images (B, 3, S, S) -> {c: output of block c (B, 1 + P, D) for c in layers}.

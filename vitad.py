@@ -180,8 +180,8 @@ class Distillation(nn.Module):
         self.load_state_dict({**teacher, **state}, strict=True)
 
     def features(self, images):
-        """uint8 images (B, 3, S, S) -> (t, s), the features of teacher and student; the teacher's carry no gradient."""
-        images = self.teacher.normalize(images)
+        """uint8 images (B, 3, s, s) -> (t, s), the features of teacher and student; the teacher's carry no gradient."""
+        images = self.teacher.prepare(images)
         with torch.no_grad():
             t = self.teacher(images, self.layers)
         return t, self.student(images, self.layers)

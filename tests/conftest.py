@@ -1,5 +1,6 @@
 """What the tests share: the real data where it is at hand, tiny networks and images where it is not, and the scripts as a user runs them."""
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,7 @@ def save_vit(vit, path, **changes):
 
 def run(*command, cwd=ROOT, env=None):
     """A script in a process of its own, as a user starts it; -> the finished process, its output as text."""
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=env and {**os.environ, **env}, capture_output=True, text=True, timeout=300)
 
 
 def assert_one_sentence(process, *words):

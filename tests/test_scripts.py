@@ -1,39 +1,58 @@
-"""train.py and evaluate.py as a user runs them, in processes of their own, on a few generated images and a tiny teacher."""
+"""train.py, evaluate.py as a user runs them, in processes of their own, on a few generated images and a tiny teacher."""
 import contextlib
 import csv
 import json
 import os
 import pty
+import resource
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_sentence, make_category, run, save_vit, tiny_vit
+from conftest import ROOT, assert_one_sentence, make_category, run, save_vit, shared, tiny_vit
 from safetensors.torch import load_file
 
+import convert
+import data
+from data import PAPER_AUROC
 from evaluate import auroc, table
+from vit import load_vit
+from vitad import Distillation
 
 TRAIN, EVALUATE = ROOT / "train.py", ROOT / "evaluate.py"
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, own_cache):
     """A folder with a category `bottle`, a tiny teacher and one finished run."""
     folder = tmp_path_factory.mktemp("world")
     make_category(folder / "data" / "bottle")
     save_vit(tiny_vit(), folder / "teacher.safetensors")
     process = run(TRAIN, *arguments(folder), cwd=folder)
     assert process.returncode == 0, process.stderr
-    assert not process.stderr
+    assert process.stderr == "note: bottle is not the official one: train/good 6 (official 209) images\n"
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("XDG_CACHE_HOME") if before is None else os.environ.update(XDG_CACHE_HOME=before)
 
 
 def arguments(folder, **changes):
     values = {"dataset": "mvtec", "category": "bottle", "data-root": folder / "data", "weights": folder / "teacher.safetensors", "epochs": 2, **changes}
     return [part for name, value in values.items() for part in (f"--{name}", value)]
+
+
+def OWN(folder):
+    return {"dataset": "folder", "data-root": folder, "category": folder.name}
 
 
 def run_folder(world):
@@ -84,7 +103,7 @@ def test_training_reads_no_test_image(world, tmp_path):
     shutil.copy(world / "teacher.safetensors", tmp_path)
     assert run(TRAIN, *arguments(tmp_path), cwd=tmp_path).returncode == 0  # there is no test split at all
     assert (run_folder(tmp_path) / "model.safetensors").read_bytes() == (run_folder(world) / "model.safetensors").read_bytes()
-    assert_one_sentence(run(EVALUATE, cwd=tmp_path), "test: expected a folder of test images")
+    assert_one_sentence(run(EVALUATE, cwd=tmp_path), "test: expected folders of test images")
     assert "test_split" not in TRAIN.read_text()
 
 
@@ -118,9 +137,10 @@ def test_every_option_trains_and_evaluates(world, tmp_path, options):
 
 
 def test_a_diverging_run_ends_in_one_sentence_and_keeps_the_last_good_epoch(world, tmp_path):
-    process = run(TRAIN, *arguments(world, out=tmp_path, epochs=40, distance="mse", lr=1e6, warmup=1000), cwd=world)
+    shutil.copytree(world / "data" / "bottle", tmp_path / "own")  # as --dataset folder, so that no note comes before the sentence
+    process = run(TRAIN, *arguments(world, out=tmp_path, epochs=40, distance="mse", lr=1e6, warmup=1000, **OWN(tmp_path / "own")), cwd=world)
     assert_one_sentence(process, "stopped being finite", "holds the last good epoch", "--clip-grad 1")
-    folder = tmp_path / "mvtec/bottle/seed0"
+    folder = tmp_path / "folder/own/seed0"
     assert not (folder / "model.safetensors").exists()
     assert all(value.isfinite().all() for key, value in load_file(folder / "checkpoint.safetensors").items() if key != "delta")
     assert_one_sentence(run(EVALUATE, folder, cwd=world), "model.safetensors", "unfinished")
@@ -146,7 +166,11 @@ def test_evaluate_says_what_is_missing_or_broken(world, tmp_path):
 @pytest.mark.parametrize("changes, words", [
     ({"dataset": "mvtek"}, ["invalid choice: 'mvtek'", "mvtec"]),
     ({"category": "botle"}, ["got 'botle'", "did you mean bottle"]),
-    ({"data-root": "nowhere"}, ["nowhere/bottle: expected the folder"]),
+    ({"data-root": "nowhere"}, ["nowhere/bottle: expected train/good", "CC BY-NC-SA 4.0"]),
+    ({"dataset": "cifar10", "category": "kat"}, ["did you mean cat"]),
+    ({"dataset": "cifar100", "category": "20"}, ["got '20'", "0 to 19"]),
+    ({"category": "all"}, ["data/hazelnut: expected train/good"]),
+    ({"weights": "vit_base_patch16_244"}, ["got 'vit_base_patch16_244': did you mean vit_base_patch16_224"]),
     ({"weights": "nowhere.safetensors"}, ["nowhere.safetensors", "no such file", "weights/README.md"]),
     ({"epochs": 0}, ["--epochs: expected at least 1, got 0"]),
     ({"batch-size": -4}, ["--batch-size: expected at least 1"]),
@@ -158,7 +182,8 @@ def test_evaluate_says_what_is_missing_or_broken(world, tmp_path):
     ({"layers": "3,12"}, ["--layers: expected block numbers below 12", "got 12"]),
     ({"top-k": 50}, ["--top-k: expected at most 49", "got 50"]),
     ({"device": "gpu"}, ["--device", "'gpu'"]),
-    ({"out": "/dev/null/runs"}, ["/dev/null/runs"]),
+    ({"out": "/dev/null/runs", "dataset": "folder", "data-root": "data/bottle"}, ["/dev/null/runs"]),
+    ({"out": "/proc/runs", "dataset": "folder", "data-root": "data/bottle"}, ["/proc/runs"]),  # a file system that takes no files, from root neither
 ])
 def test_bad_input_is_one_sentence(world, changes, words):
     assert_one_sentence(run(TRAIN, *arguments(world, **{"out": "elsewhere", **changes}), cwd=world), *words)
@@ -172,6 +197,99 @@ def test_help_needs_no_torch(script, tmp_path):
     assert process.returncode == 0 and "usage" in process.stdout, process.stderr
     process = run(TRAIN, "--category", "botle", env={"PYTHONPATH": str(tmp_path)})
     assert_one_sentence(process, "did you mean bottle")
+
+
+# ------------------------------------------------------------------------------------- own pictures, all categories, the demo
+
+def test_own_pictures_in_a_folder(world, tmp_path):
+    shutil.copytree(world / "data" / "bottle", tmp_path / "my parts")
+    process = run(TRAIN, "--dataset", "folder", "--data-root", tmp_path / "my parts", "--weights", world / "teacher.safetensors", "--epochs", 1, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    process = run(EVALUATE, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert lines[0].startswith("folder: image AUROC") and lines[-1].split()[0] == "mean" and lines[-1].split()[2] == "n/a"  # no paper has it
+    result = json.loads((tmp_path / "runs/folder/my_parts/seed0/result.json").read_text())
+    assert result["category"] == "my parts" and result["paper_auroc"] is None and 0 <= result["auroc"] <= 100
+
+
+def test_a_test_split_of_one_class_only_still_gives_scores(world, tmp_path):
+    shutil.copytree(world / "data", tmp_path / "data")
+    shutil.rmtree(tmp_path / "data/bottle/test/good")
+    shutil.copytree(world / "runs", tmp_path / "runs")
+    process = run(EVALUATE, "--data-root", tmp_path / "data", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1].split() == ["mean", "n/a", "100.00", "n/a", "n/a", "n/a"]
+    assert len((tmp_path / "runs/mvtec/bottle/seed0/scores.csv").read_text().splitlines()) == 1 + 5
+    assert json.loads((tmp_path / "runs/mvtec/bottle/seed0/result.json").read_text())["auroc"] is None
+
+
+def test_bad_images_stop_training_and_can_be_skipped_in_scoring(world, tmp_path):
+    shutil.copytree(world / "data" / "bottle", tmp_path / "own")
+    (tmp_path / "own/test/stain/002.png").write_bytes(b"")
+    command = arguments(world, **OWN(tmp_path / "own"), out=tmp_path / "runs", epochs=1)
+    assert run(TRAIN, *command, cwd=tmp_path).returncode == 0
+    assert_one_sentence(run(EVALUATE, cwd=tmp_path), "test/stain/002.png: expected an image", "--skip-bad")
+    process = run(EVALUATE, "--skip-bad", cwd=tmp_path)
+    assert process.returncode == 0 and process.stderr.startswith("skipped: ") and "002.png" in process.stderr
+    assert json.loads((tmp_path / "runs/folder/own/seed0/result.json").read_text())["n_anomalous"] == 4
+    (tmp_path / "own/train/good/001.png").write_bytes(b"")
+    assert_one_sentence(run(TRAIN, *command, "--overwrite", cwd=tmp_path), "train/good/001.png: expected an image")
+    assert (tmp_path / "runs/folder/own/seed0/model.safetensors").exists()  # the old run is not lost by that
+
+
+@pytest.mark.parametrize("limit, words", [(300, "config.json"), (200_000, "checkpoint.safetensors")])
+def test_a_full_disk_is_one_sentence(world, tmp_path, limit, words):
+    """A limit on the size of files stands for the full disk: writing fails half-way."""
+    shutil.copytree(world / "data" / "bottle", tmp_path / "own")
+    data_command = [sys.executable, "-c", f"import data; data.train_split('folder', {str(tmp_path / 'own')!r}, 'own')"]
+    subprocess.run(data_command, cwd=ROOT, check=True)  # the cache is there: it is the run that finds the disk full
+    command = [sys.executable, TRAIN, *arguments(world, **OWN(tmp_path / "own"), out=tmp_path / "runs", epochs=1)]
+    process = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True, text=True,
+                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert_one_sentence(process, words)
+    assert not list((tmp_path / "runs").rglob("*safetensors*"))
+
+
+def test_every_category_in_turn_skips_what_is_complete(world, tmp_path):
+    for category in PAPER_AUROC["mvtec"]:
+        make_category(tmp_path / "data" / category, train=2, good=1, bad=1)
+    command = arguments(world, category="all", epochs=1, **{"data-root": tmp_path / "data"})
+    process = run(TRAIN, *command, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    models = sorted(tmp_path.glob("runs/mvtec/*/seed0/model.safetensors"))
+    assert len(models) == 15 and process.stdout.count("done;") == 15
+    alone = tmp_path / "runs/mvtec/pill/seed0/model.safetensors"
+    before = alone.read_bytes()
+    alone.unlink()
+    process = run(TRAIN, *command, cwd=tmp_path)
+    assert process.stdout.count("complete, nothing to do") == 14 and process.stdout.count("done;") == 1
+    assert alone.read_bytes() == before  # whatever ran before it
+    lines = run(EVALUATE, cwd=tmp_path).stdout.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == [*PAPER_AUROC["mvtec"], "mean"]  # the paper's order
+    assert lines[-1].split()[2] == "90.40"  # the mean of the paper's row
+
+
+def test_the_demo_trains_on_images_that_nobody_has_to_bring(world, tmp_path):
+    process = run(TRAIN, "--dataset", "demo", "--weights", world / "teacher.safetensors", "--epochs", 1, "--batch-size", 28, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    process = run(EVALUATE, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("demo: ") and process.stdout.splitlines()[-1].split()[2] == "n/a"
+    assert len((tmp_path / "runs/demo/washer/seed0/scores.csv").read_text().splitlines()) == 1 + 16 + 24
+
+
+def test_real_scores_do_not_depend_on_the_batch(tmp_path):
+    weights, root = shared("weights/deit_tiny_patch16_224.safetensors"), shared("data/mvtec")
+    options = SimpleNamespace(mean=None, std=None, activation=None, heads=None, source=None, license=None)
+    convert.convert(weights, tmp_path / "teacher.safetensors", options)
+    images = data.test_split("mvtec", root, "bottle").images[:64]
+    torch.manual_seed(0)
+    model = Distillation(load_vit(tmp_path / "teacher.safetensors"))
+    model.loss_terms(images[:8], update_anchor=True)
+    scores = {size: torch.cat([model.scores(batch)["score"] for batch in images.split(size)]) for size in (1, 7, 64)}
+    for size in (1, 7):
+        torch.testing.assert_close(scores[size], scores[64], rtol=1e-5, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------------- AUROC

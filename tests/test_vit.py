@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torchvision.models import vit_b_16
 
 import convert
-import vit as vit_module
 from vit import ViT, load_vit
 
 BOUND = 3e-5  # largest absolute difference over mean absolute value, fp32
@@ -114,11 +113,21 @@ def test_classify_needs_a_head():
         tiny_vit().classify(torch.zeros(1, 3, 224, 224))
 
 
-def test_normalize():
+def test_prepare_normalises():
     vit = tiny_vit(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    pixels = torch.tensor([51, 102, 255], dtype=torch.uint8).view(1, 3, 1, 1)
-    expected = torch.tensor([(0.2 - 0.1) / 0.4, (0.4 - 0.2) / 0.5, (1 - 0.3) / 0.6]).view(1, 3, 1, 1)
-    torch.testing.assert_close(vit.normalize(pixels), expected)
+    pixels = torch.tensor([51, 102, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 224, 224)
+    expected = torch.tensor([(0.2 - 0.1) / 0.4, (0.4 - 0.2) / 0.5, (1 - 0.3) / 0.6]).view(1, 3, 1, 1).expand(1, 3, 224, 224)
+    torch.testing.assert_close(vit.prepare(pixels), expected)
+
+
+def test_prepare_enlarges_small_images_as_pillow_does():
+    vit = tiny_vit(mean=(0, 0, 0), std=(1, 1, 1))
+    small = torch.randint(80, 176, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ours = vit.prepare(small) * 255
+    assert ours.shape == (2, 3, 224, 224)
+    for image, pixels in zip(ours, small):
+        theirs = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC)
+        assert np.abs(image.permute(1, 2, 0).numpy() - np.asarray(theirs)).max() < 1.5  # Pillow rounds to uint8 after each axis
 
 
 # ---------------------------------------------------------------------------------------------------------------- load_vit
@@ -196,18 +205,18 @@ def photo(name):
 @pytest.mark.parametrize("weights, golden, bound", [
     ("deit_tiny_patch16_224.safetensors", "deit_tiny", 1e-4),
     ("dinov2_vits14_fp16.safetensors", "dinov2_vits14", 1e-3),
-    ("clip_vit_base_patch16_224.safetensors", "clip_vitb16", 1e-4),  # built with ../shared/get_clip_vitb16.py
+    ("clip_vit_base_patch16_224.safetensors", "clip_vitb16", 1e-4),  # built into weights/original with ../shared/get_clip_vitb16.py
 ])
 def test_real_weights_give_timms_features(tmp_path, weights, golden, bound):
     golden = load_file(shared(f"golden/{golden}_timm_1.0.31.safetensors"))
-    built = vit_module.Path(convert.HERE) / "original" / weights
+    built = convert.HERE / "original" / weights
     source = built if built.exists() else shared(f"weights/{weights}")
     options = SimpleNamespace(mean=None, std=None, activation=None, heads=None, source=None, license=None)
     convert.convert(source, tmp_path / weights, options)
     vit = load_vit(tmp_path / weights)
     for name in ("chelsea", "coffee"):
         with torch.no_grad():
-            images = vit.normalize(photo(name))
+            images = vit.prepare(photo(name))
             features = vit(images, (3, 6, 9, 11))
             logits = vit.classify(images)[0] if f"{name}.logits" in golden else None
         for c, x in features.items():
