@@ -150,8 +150,7 @@ def is_complete(run, settings):
     """Whether the run exists already, with these settings; refuses, naming the difference, if it exists with others."""
     if not (run / "model.safetensors").is_file():
         return False
-    then = read_config(run)["settings"]
-    now = json.loads(json.dumps(dataclasses.asdict(settings)))  # tuples become lists, as in the file
+    then, now = read_config(run)["settings"], json.loads(json.dumps(dataclasses.asdict(settings)))  # tuples become lists, as in the file
     different = [f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name] and name not in ("out", "device")]
     if different:
         raise ValueError(f"{run}: expected the settings of the run that is there, got {', '.join(different)}: "
@@ -194,9 +193,8 @@ def provenance(device):
     except (OSError, subprocess.CalledProcessError):
         commit = None  # a copy without git
     versions = {module.__name__: module.__version__ for module in (torch, torchvision, numpy, safetensors)}
-    cuda = str(device).startswith("cuda")
     return {"versions": {"python": platform.python_version(), **versions},
-            "device": torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads",
+            "device": f"cpu, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device),
             "command": shlex.join(["python", *sys.argv]), "commit": commit,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
 
