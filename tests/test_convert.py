@@ -112,7 +112,7 @@ def test_timm_deit_mae_and_dino(tmp_path, wrapper):
     if wrapper == "model":  # MAE's pre-training checkpoint
         tensors.update({"mask_token": torch.zeros(1, 1, 128), "decoder_pos_embed": torch.zeros(1, 50, 64), "decoder_embed.weight": torch.zeros(64, 128)})
     if wrapper == "teacher":  # DINO's full checkpoint
-        tensors = {f"backbone.{key}": value for key, value in tensors.items()}
+        tensors = {f"backbone.{key}": value for key, value in tensors.items()} | {"head.mlp.0.weight": torch.zeros(4, 128), "head.last_layer.weight_v": torch.zeros(4, 4)}
     vit = converted({wrapper: tensors} if wrapper else tensors, tmp_path / "model.pth")
     assert_same(vit, original)
 

@@ -202,6 +202,9 @@ def test_help_needs_no_torch(script, tmp_path):
 # ------------------------------------------------------------------------------------- own pictures, all categories, the demo
 
 def test_own_pictures_in_a_folder(world, tmp_path):
+    shutil.copytree(world / "data" / "bottle", tmp_path / "all")
+    process = run(TRAIN, "--dataset", "folder", "--data-root", "all", "--weights", world / "teacher.safetensors", "--epochs", 1, "--out", "other", cwd=tmp_path)
+    assert process.returncode == 0 and (tmp_path / "other/folder/all/seed0/model.safetensors").exists()  # a folder's name, no category
     shutil.copytree(world / "data" / "bottle", tmp_path / "my parts")
     process = run(TRAIN, "--dataset", "folder", "--data-root", tmp_path / "my parts", "--weights", world / "teacher.safetensors", "--epochs", 1, cwd=tmp_path)
     assert process.returncode == 0, process.stderr

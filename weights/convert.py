@@ -117,7 +117,7 @@ GOOGLE_NPZ = (
     (r"/(kernel|scale)$", "/weight"),
     (r"/", "."),
 )
-DROPPED = r"(mask_token|pooler\.|pre_logits\.|decoder\.|decoder_|mask_embed|embeddings\.mask_token)"  # pre-training's own heads and tokens
+DROPPED = r"(head\.(mlp|last_layer)\.|mask_token|pooler\.|pre_logits\.|decoder\.|decoder_|mask_embed|embeddings\.mask_token)"  # pre-training's own heads and tokens
 OURS = (r"(cls_token|pos_embed|(patch_embed\.proj|norm_pre|norm|head|blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2))"
         r"\.(weight|bias))")
 
