@@ -108,8 +108,8 @@ def evaluate(run, args, device, teachers):
               "paper_auroc": PAPER_AUROC[settings["dataset"]].get(settings["category"]),
               "n_normal": int((labels == 0).sum()), "n_anomalous": int((labels == 1).sum()), "skipped": split.skipped,
               "delta": delta, "false_alarms": int((anomalous & (labels == 0)).sum()), "misses": int((~anomalous & (labels == 1)).sum()),
-              "teacher": config["teacher"].get("name"), "teacher_sha256": config["teacher"]["sha256"], "trained": {k: config[k] for k in ("commit", "device", "command", "date")},
-              **provenance(device)}
+              "teacher": config["teacher"].get("name"), "teacher_sha256": config["teacher"]["sha256"],
+              "trained": {key: config[key] for key in ("commit", "device", "command", "date")}, **provenance(device)}
     columns = ("score", "score_d", "score_a_teacher", "score_a_student")
     with one_sentence():
         with atomic(run / "scores.csv") as temporary, open(temporary, "w", newline="") as file:

@@ -117,7 +117,8 @@ GOOGLE_NPZ = (
     (r"/(kernel|scale)$", "/weight"),
     (r"/", "."),
 )
-DROPPED = r"(head\.(mlp|last_layer)\.|mask_token|pooler\.|pre_logits\.|decoder\.|decoder_|mask_embed|embeddings\.mask_token)"  # pre-training's own heads and tokens
+# Pre-training's own heads and tokens.
+DROPPED = r"(head\.(mlp|last_layer)\.|mask_token|pooler\.|pre_logits\.|decoder\.|decoder_|mask_embed|embeddings\.mask_token)"
 OURS = (r"(cls_token|pos_embed|(patch_embed\.proj|norm_pre|norm|head|blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2))"
         r"\.(weight|bias))")
 
@@ -279,7 +280,8 @@ def metadata(path, digest, args, heads, norm_pre):
                          "(OpenAI's CLIP) or gelu (most others)")
     heads = args.heads or heads
     return {"mean": list(mean), "std": list(std), "activation": activation, "eps": eps, **({"heads": heads} if heads else {}),
-            "name": name if name in KNOWN else path.stem, "source": args.source or source, "license": args.license or license, "original_sha256": digest}
+            "name": name if name in KNOWN else path.stem, "source": args.source or source,
+            "license": args.license or license, "original_sha256": digest}
 
 
 def convert(path, out, args):
@@ -306,7 +308,8 @@ def convert(path, out, args):
             raise ValueError(str(error).replace(str(temporary), str(path))) from None
     c, classes = vit.config, len(vit.head.weight) if vit.head else 0
     return [*lines, "; ".join(said),
-            f"normalisation mean {about['mean']} std {about['std']}, activation {about['activation']}, LayerNorm eps {about['eps']:g}, source {about['source']}, licence {about['license']}",
+            f"normalisation mean {about['mean']} std {about['std']}, activation {about['activation']}, "
+            f"LayerNorm eps {about['eps']:g}, source {about['source']}, licence {about['license']}",
             f"wrote {out}: width {c['width']}, depth {c['depth']}, heads {c['heads']}, patch {c['patch']}, grid {c['grid']} x {c['grid']}, "
             f"{classes} classes, {sum(p.numel() for p in vit.parameters()):,} parameters, sha256 {vit.sha256}"]
 
