@@ -93,7 +93,9 @@ def find_category(dataset, category):
     if slug(category).lower() in names:
         return names[slug(category).lower()]
     near = [] if category.isdigit() else difflib.get_close_matches(slug(category).lower(), names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(names[name] for name in near)}?" if near else f"choose from {', '.join(known)}, or 0 to {len(known) - 1}"
+    others = [name for name in PAPER_AUROC if slug(category).lower() in {slug(other).lower() for other in PAPER_AUROC[name]}]
+    hint = (f"did you mean {' or '.join(names[name] for name in near)}?" if near else f"that is one of --dataset {others[0]}" if others
+            else f"choose from {', '.join(known)}, or 0 to {len(known) - 1}")
     raise ValueError(f"--category: expected a category of {dataset}, or all, got {category!r}: {hint}")
 
 
@@ -325,35 +327,35 @@ def washer(rng, kind):
     def paint(image, colour, coverage):
         return image + coverage * (np.reshape(colour, (3, 1, 1)) - image)
 
-    y, x = np.mgrid[:224, :224] - rng.uniform(107, 117, (2, 1, 1))
-    r, angle = np.hypot(x, y) / rng.uniform(0.95, 1.05), np.arctan2(y, x) % (2 * np.pi)
-    metal = inside(88 - r) * inside(r - 34)
+    y, x = np.mgrid[:224, :224] - rng.uniform(110, 114, (2, 1, 1))
+    r, angle = np.hypot(x, y) / rng.uniform(0.98, 1.02), np.arctan2(y, x) % (2 * np.pi)
+    metal = inside(96 - r) * inside(r - 30)
     # Turning marks run along circles, and the light's reflection opens as two fans.
     marks = rng.normal(0, 7, (180, 120))[r.astype(int), (angle * 120 / (2 * np.pi)).astype(int) % 120]
-    sheen = 22 * np.cos(2 * (angle - rng.uniform(0.6, 1.0))) - 40 * inside(2 - np.minimum(88 - r, r - 34))
-    plate = paint(np.zeros((3, 224, 224)) + np.reshape((52, 60, 70), (3, 1, 1)), (165, 168, 174) + rng.normal(0, 3, 3), metal)
+    sheen = 22 * np.cos(2 * (angle - rng.uniform(0.7, 0.9))) - 40 * inside(2 - np.minimum(96 - r, r - 30))
+    plate = paint(np.zeros((3, 224, 224)) + np.reshape((52, 60, 70), (3, 1, 1)), (165, 168, 174) + rng.normal(0, 1, 3), metal)
     plate = plate + metal * (marks + sheen)
     # Six bolts at once: each 60 degrees of the ring have coordinates of their own, u outwards and v around, with the bolt at (0, 0).
-    sector, within = np.divmod((angle - rng.uniform(-0.15, 0.15)) % (2 * np.pi), np.pi / 3)
-    u, v = r * np.cos(within - np.pi / 6) - 61, r * np.sin(within - np.pi / 6)
+    sector, within = np.divmod((angle - rng.uniform(-0.08, 0.08)) % (2 * np.pi), np.pi / 3)
+    u, v = r * np.cos(within - np.pi / 6) - 63, r * np.sin(within - np.pi / 6)
     turn = rng.uniform(0, np.pi / 3, 6)[sector.astype(int)]
-    hexagon = 11 - np.max([np.abs(u * np.cos(turn + a) + v * np.sin(turn + a)) for a in (0, np.pi / 3, 2 * np.pi / 3)], axis=0)
+    hexagon = 17 - np.max([np.abs(u * np.cos(turn + a) + v * np.sin(turn + a)) for a in (0, np.pi / 3, 2 * np.pi / 3)], axis=0)
     bolts = paint(paint(plate, (70, 66, 62), inside(hexagon)), (128, 116, 92), inside(hexagon - 2.5))
-    normal = changed = paint(bolts, (160, 148, 120), inside(5 - np.hypot(u, v)))
+    normal = changed = paint(bolts, (160, 148, 120), inside(8 - np.hypot(u, v)))
 
     place, slope = rng.uniform(0, 2 * np.pi), rng.uniform(-0.6, 0.6)
-    a, b = x - 61 * np.cos(place), y - 61 * np.sin(place)
+    a, b = x - 63 * np.cos(place), y - 63 * np.sin(place)
     if kind == "scratch":  # a bent line, roughly around the ring, with a dark edge
         along, across = b * np.cos(place + slope) - a * np.sin(place + slope), a * np.cos(place + slope) + b * np.sin(place + slope)
-        across, ends = across - rng.uniform(-0.006, 0.006) * along ** 2, inside(rng.uniform(26, 42) - np.abs(along)) * metal
-        changed = paint(paint(changed, (62, 62, 66), ends * inside(3 - np.abs(across))), (238, 238, 240), ends * inside(1.4 - np.abs(across)))
+        across, ends = across - rng.uniform(-0.006, 0.006) * along ** 2, inside(rng.uniform(36, 56) - np.abs(along)) * metal
+        changed = paint(paint(changed, (62, 62, 66), ends * inside(4 - np.abs(across))), (238, 238, 240), ends * inside(2 - np.abs(across)))
     if kind == "stain":  # a translucent brown blot with a wavy outline
-        outline = rng.uniform(15, 20) * (1 + sum(0.13 * np.sin(n * np.arctan2(b, a) + rng.uniform(0, 6)) for n in (2, 3, 5)))
-        changed = paint(changed, (88, 52, 26), 0.65 * metal * inside((outline - np.hypot(a, b)) / 3))
+        outline = rng.uniform(20, 26) * (1 + sum(0.13 * np.sin(n * np.arctan2(b, a) + rng.uniform(0, 6)) for n in (2, 3, 5)))
+        changed = paint(changed, (88, 52, 26), 0.75 * metal * inside((outline - np.hypot(a, b)) / 3))
     if kind == "missing":  # one bolt's hole
-        hole = paint(plate, (22, 22, 26), inside(7 - np.hypot(u, v)))
+        hole = paint(plate, (22, 22, 26), inside(12 - np.hypot(u, v)))
         changed = np.where(sector == rng.integers(6), hole, changed)
-    light = rng.uniform(0.92, 1.08) + (x * rng.uniform(-0.08, 0.08) + y * rng.uniform(-0.08, 0.08)) / 112
+    light = rng.uniform(0.96, 1.04) + (x * rng.uniform(-0.04, 0.04) + y * rng.uniform(-0.04, 0.04)) / 112
     noise = rng.normal(0, 4, (3, 224, 224))
     normal, changed = (np.clip(image * light + noise, 0, 255).round().astype(np.uint8) for image in (normal, changed))
     return changed, (normal != changed).any(axis=0).astype(np.uint8)

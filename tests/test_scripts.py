@@ -166,6 +166,7 @@ def test_evaluate_says_what_is_missing_or_broken(world, tmp_path):
 @pytest.mark.parametrize("changes, words", [
     ({"dataset": "mvtek"}, ["invalid choice: 'mvtek'", "mvtec"]),
     ({"category": "botle"}, ["got 'botle'", "did you mean bottle"]),
+    ({"dataset": "demo"}, ["got 'bottle'", "one of --dataset mvtec"]),
     ({"data-root": "nowhere"}, ["nowhere/bottle: expected train/good", "CC BY-NC-SA 4.0"]),
     ({"dataset": "cifar10", "category": "kat"}, ["did you mean cat"]),
     ({"dataset": "cifar100", "category": "20"}, ["got '20'", "0 to 19"]),
@@ -195,7 +196,7 @@ def test_help_needs_no_torch(script, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
     process = run(script, "--help", env={"PYTHONPATH": str(tmp_path)})
     assert process.returncode == 0 and "usage" in process.stdout, process.stderr
-    process = run(TRAIN, "--category", "botle", env={"PYTHONPATH": str(tmp_path)})
+    process = run(TRAIN, "--dataset", "mvtec", "--category", "botle", env={"PYTHONPATH": str(tmp_path)})
     assert_one_sentence(process, "did you mean bottle")
 
 
@@ -273,13 +274,28 @@ def test_every_category_in_turn_skips_what_is_complete(world, tmp_path):
     assert lines[-1].split()[2] == "90.40"  # the mean of the paper's row
 
 
-def test_the_demo_trains_on_images_that_nobody_has_to_bring(world, tmp_path):
-    process = run(TRAIN, "--dataset", "demo", "--weights", world / "teacher.safetensors", "--epochs", 1, "--batch-size", 28, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
+def test_the_demo_works_without_any_argument(tmp_path):
+    """The README's first command, with its bound: data, teacher and settings all come along."""
+    process = run(TRAIN, cwd=tmp_path)
+    assert process.returncode == 0 and "teacher demo_teacher (DEMO" in process.stdout, process.stderr
     process = run(EVALUATE, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("demo: ") and process.stdout.splitlines()[-1].split()[2] == "n/a"
+    lines = process.stdout.splitlines()
+    assert lines[0].startswith("demo: ") and "teacher demo_teacher (DEMO" in lines[0]
+    auroc, paper = lines[-1].split()[1:3]
+    assert float(auroc) >= 95 and paper == "n/a"
     assert len((tmp_path / "runs/demo/washer/seed0/scores.csv").read_text().splitlines()) == 1 + 16 + 24
+
+
+def test_anyone_can_train_the_demos_teacher_again(tmp_path):
+    shipped = ROOT / "weights" / "demo_teacher.safetensors"
+    assert shipped.stat().st_size <= 3e6
+    process = run(ROOT / "weights" / "train_demo_teacher.py", "--steps", 2, "--batch-size", 2, "--out", tmp_path / "teacher.safetensors")
+    assert process.returncode == 0, process.stderr
+    again, shipped = load_vit(tmp_path / "teacher.safetensors"), load_vit(shipped)
+    assert again.config == shipped.config and again.metadata == shipped.metadata
+    assert not torch.equal(again.blocks[0].mlp.fc1.weight, shipped.blocks[0].mlp.fc1.weight)  # trained on, in the one that ships
+    assert_one_sentence(run(ROOT / "weights" / "train_demo_teacher.py", "--steps", 0), "--steps", "at least 1")
 
 
 def test_real_scores_do_not_depend_on_the_batch(tmp_path):
