@@ -12,13 +12,14 @@ AUROC columns: Score = S_D + S_A of Eq. 10; S_D alone; S_A alone; and the teache
 """
 import argparse
 import csv
+import itertools
 import json
 import math
 import sys
 from pathlib import Path
 
-from data import PAPER_AUROC, atomic, fail, one_sentence, test_split
-from train import pick_device, provenance, read_config
+from data import PAPER_AUROC, SMALL, atomic, fail, one_sentence, test_split
+from train import provenance, read_config
 # torch and NumPy are imported where they are first needed: --help and wrong arguments are answered at once.
 
 
@@ -54,50 +55,80 @@ def find_runs(paths, out):
     return runs
 
 
-def load_run(run, config, weights, device, teachers):
-    """The trained model of a run folder. `teachers` keeps the loaded teachers by path, so that many runs load one once."""
+def load_run(run, config, teacher, precision):
+    """The trained model of a run folder, around the loaded teacher."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from vit import load_vit
     from vitad import Distillation
-    from weights.download import weights_file
 
     settings = config["settings"]
-    path = weights_file(weights or settings["weights"])
-    if path not in teachers:
-        teachers[path] = load_vit(path)
-    teacher, expected = teachers[path], config["teacher"]["sha256"]
-    if teacher.sha256 != expected:
-        raise ValueError(f"{path}: expected the teacher that {run} was trained with, sha256 {expected[:12]}..., "
-                         f"got {teacher.sha256[:12]}...: name the right file with --weights")
     model = Distillation(teacher, settings["layers"], settings["distance"], settings["pos_embed"], settings["anchor"],
-                         settings["lam"], settings["top_k"])
+                         settings["lam"], settings["top_k"], precision)
     try:
         model.load_learned_state(load_file(run / "model.safetensors"))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{run / 'model.safetensors'}: expected the student, anchor and delta of this run, got a file that does not fit "
                          f"({str(error).splitlines()[0]}): train the run again") from None
-    return model.to(device)
+    return model
 
 
-def evaluate(run, args, device, teachers):
-    """Score one run's test split; write scores.csv and result.json; -> the result."""
+def load_teacher(run, config, weights, loaded):
+    """The teacher that a run was trained with; `weights` is where else to look for it, `loaded` keeps teachers by path."""
+    from vit import load_vit
+    from weights.download import weights_file
+
+    path = weights_file(weights or config["settings"]["weights"])
+    if path not in loaded:
+        loaded[path] = load_vit(path)
+    teacher, expected = loaded[path], config["teacher"]["sha256"]
+    if teacher.sha256 != expected:
+        raise ValueError(f"{path}: expected the teacher that {run} was trained with, sha256 {expected[:12]}..., "
+                         f"got {teacher.sha256[:12]}...: name the right file with --weights")
+    return teacher
+
+
+def of_one_kind(item):
+    """What runs have to share for the teacher to see their test images once for all of them: all runs of CIFAR and Fashion-MNIST do."""
+    run, config = item
+    settings = config["settings"]
+    return (settings["dataset"], settings["data_root"] or "", "" if settings["dataset"] in SMALL else settings["category"],
+            config["teacher"]["sha256"], settings["layers"], settings.get("precision", "fp32"))
+
+
+def evaluate(runs, args, device, teachers):
+    """Score the test split of runs of one kind, [(run, config)]; write their scores.csv and result.json; -> their results."""
     import numpy as np
     import torch
 
+    from vitad import pick_device
+
     with one_sentence():
-        config = read_config(run)
-        settings = config["settings"]
-        model = load_run(run, config, args.weights, device, teachers)
-        split = test_split(settings["dataset"], args.data_root or settings["data_root"], settings["category"], model.teacher.image_size,
-                           args.skip_bad)
-    batches = [model.scores(images.to(device)) for images in split.images.split(args.batch_size)]
-    scores = {name: torch.cat([batch[name] for batch in batches]).cpu().numpy() for name in batches[0]}
+        run, config = runs[0]
+        precision = args.precision or config["settings"].get("precision", "fp32")
+        pick_device(device, precision)
+        teacher = load_teacher(run, config, args.weights, teachers).to(device)
+        models = [load_run(run, config, teacher, precision).to(device) for run, config in runs]
+        splits = [test_split(s["dataset"], args.data_root or s["data_root"], s["category"], teacher.image_size, args.skip_bad)
+                  for s in (config["settings"] for _, config in runs)]
+    parts = [[] for _ in models]
+    for images in splits[0].images.split(args.batch_size):
+        images = images.to(device, non_blocking=True)
+        t = models[0].teach(images)
+        for part, model in zip(parts, models):
+            part.append(model.scores(images, t))
+    return [write(run, config, float(model.delta), split, {name: torch.cat([batch[name] for batch in part]).cpu().numpy() for name in part[0]}, device)
+            for (run, config), model, split, part in zip(runs, models, splits, parts)]
+
+
+def write(run, config, delta, split, scores, device):
+    """One run's scores.csv and result.json, from its scores by column, (N,) each; -> the result."""
+    import numpy as np
+
     if not all(np.isfinite(values).all() for values in scores.values()):
         fail(f"{run}: expected finite scores, got some that are not: the run is broken, train it again")
 
-    labels, delta = np.array(split.labels), float(model.delta)
+    settings, labels = config["settings"], np.array(split.labels)
     anomalous = scores["score"] >= delta  # Eq. 10
     percent = {"auroc": auroc(scores["score"], labels),
                "auroc_score_d": auroc(scores["score_d"], labels),
@@ -154,19 +185,23 @@ def main():
     parser.add_argument("--weights", help="the teacher's file (default: as in training)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out test images that do not decode, and list them at the end")
     parser.add_argument("--batch-size", type=int, default=32, help="images at a time; scores do not depend on it (default 32)")
+    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], help="of the networks (default: as in training)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
     args = parser.parse_args()
     if args.batch_size < 1:
         fail(f"--batch-size: expected at least 1, got {args.batch_size}")
     with one_sentence():
-        runs = find_runs(args.runs, args.out)
+        runs = [(run, read_config(run)) for run in find_runs(args.runs, args.out)]
+    from vitad import pick_device
+
+    with one_sentence():
         device = pick_device(args.device)
     results, teachers = {}, {}
-    for run in runs:
-        result = evaluate(run, args, device, teachers)
-        results.setdefault(result["dataset"], []).append(result)
-        if sys.stderr.isatty():
-            print(f"{run}: {result['n_normal']} normal, {result['n_anomalous']} anomalous", file=sys.stderr)
+    for _, group in itertools.groupby(sorted(runs, key=of_one_kind), key=of_one_kind):
+        for result in evaluate(list(group), args, device, teachers):
+            results.setdefault(result["dataset"], []).append(result)
+            if sys.stderr.isatty():
+                print(f"{result['category']}: {result['n_normal']} normal, {result['n_anomalous']} anomalous", file=sys.stderr)
     for dataset, rows in results.items():
         order = list(PAPER_AUROC[dataset])  # the paper's, then what it does not have
         rows.sort(key=lambda row: (order.index(row["category"]) if row["category"] in order else len(order), row["seed"]))

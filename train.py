@@ -22,6 +22,7 @@ import sys
 import time
 import zlib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from data import PAPER_AUROC, atomic, fail, find_category, one_sentence, slug, train_files, train_split
@@ -39,8 +40,7 @@ PER_DATASET = {
     "demo": dict(lr=0.2, batch_size=4, epochs=24, data_root=None, weights="demo_teacher"),
 }
 ADAMW_LR = 5e-4  # trains under every reading of the norm; the paper's lr is for SGD
-LOG_EVERY = 10  # steps
-EVAL_BATCH = 32  # images, without gradient
+LOG_EVERY, EVAL_BATCH = 10, 32  # steps; images, without gradient
 
 
 def per_dataset(name):
@@ -80,6 +80,9 @@ class Settings:
                             choices=["copy", "learn"])
     seed: int = option(0, "of the student's initialisation and the order of the images")
     device: str = option(None, "cpu, cuda, cuda:1, ...; default cuda where there is one")
+    precision: str = option("fp32", "of the networks; losses and scores are float32 always", choices=["fp32", "tf32", "bf16"])
+    compile: bool = option(False, "compile the student and the losses with torch.compile: minutes at the start, faster steps")
+    cache: str = option(None, "where the teacher's features are kept; default the first with room", choices=["device", "host", "disk", "off"])
 
 
 def block_numbers(text):
@@ -97,8 +100,9 @@ def parse(argv):
     for f in dataclasses.fields(Settings):
         kind = block_numbers if f.type is tuple else f.type
         shown = ",".join(map(str, f.default)) if f.name == "layers" else f"{f.default:g}" if isinstance(f.default, float) else f.default
-        help = f.metadata["help"] + (f" (default {shown})" if f.default is not None else "")
-        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, help=help, choices=f.metadata.get("choices"))
+        help = f.metadata["help"] + (f" (default {shown})" if f.default not in (None, False) else "")
+        kind = {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata.get("choices")}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=help, **kind)
     parser.add_argument("--overwrite", action="store_true", help="start again where a run exists already")
     arguments = vars(parser.parse_args(argv))
     overwrite = arguments.pop("overwrite")
@@ -110,14 +114,12 @@ def parse(argv):
     with one_sentence():
         arguments["category"] = pick_category(**{name: arguments[name] for name in ("dataset", "category", "data_root")})
     settings = Settings(**arguments)
-    for name in ("epochs", "batch_size", "top_k"):
-        if arguments[name] < 1:
-            fail(f"--{name.replace('_', '-')}: expected at least 1, got {arguments[name]}")
-    for name in ("momentum", "weight_decay", "warmup", "clip_grad", "lam", "seed"):
-        if not 0 <= arguments[name] < math.inf:
-            fail(f"--{name.replace('_', '-')}: expected 0 or more, got {arguments[name]}")
-    if not 0 < settings.lr < math.inf:
-        fail(f"--lr: expected more than 0, got {settings.lr}")
+    for names, words, holds in (("epochs batch_size top_k", "at least 1", lambda value: value >= 1),
+                                ("lr", "more than 0", lambda value: 0 < value < math.inf),
+                                ("momentum weight_decay warmup clip_grad lam seed", "0 or more", lambda value: 0 <= value < math.inf)):
+        for name in names.split():
+            if not holds(arguments[name]):
+                fail(f"--{name.replace('_', '-')}: expected {words}, got {arguments[name]}")
     if list(settings.layers) != sorted(set(settings.layers)) or settings.layers[0] < 0:
         fail(f"--layers: expected ascending block numbers from 0, got {','.join(map(str, settings.layers))}")
     return settings, overwrite
@@ -152,7 +154,7 @@ def is_complete(run, settings):
     if not (run / "model.safetensors").is_file():
         return False
     then, now = read_config(run)["settings"], json.loads(json.dumps(dataclasses.asdict(settings)))  # tuples become lists, as in the file
-    different = [f"{name} {then[name]} -> {now[name]}" for name in now if name not in ("out", "device") and then.get(name, now[name]) != now[name]]
+    different = [f"{name} {then[name]} -> {now[name]}" for name in now if name not in ("out", "device", "compile", "cache") and then.get(name, now[name]) != now[name]]
     if different:
         raise ValueError(f"{run}: expected the settings of the run that is there, got {', '.join(different)}: "
                          f"choose another --out, or --overwrite to start again")
@@ -166,19 +168,6 @@ def learning_rate(step, steps, settings):
     if settings.decay == "constant":
         return settings.lr
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / (steps - settings.warmup)))
-
-
-def pick_device(name):
-    """--device as torch names it; None: cuda where there is one, else cpu."""
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch: an unknown name, or a device that this machine or build lacks
-        raise ValueError(f"--device: expected a device that torch can use here, got {name!r} ({str(error).splitlines()[0]})") from None
-    return name
 
 
 def provenance(device):
@@ -252,10 +241,11 @@ def main(settings, overwrite):
         return
 
     from vit import load_vit
+    from vitad import pick_device
     from weights.download import weights_file
 
     with one_sentence():
-        device = pick_device(settings.device)
+        device = pick_device(settings.device, settings.precision)
         teacher = load_vit(weights_file(settings.weights))
         depth, patches = len(teacher.blocks), teacher.config["grid"] ** 2
         if settings.layers[-1] >= depth:
@@ -272,7 +262,7 @@ def train(settings, teacher, device):
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from vitad import Distillation, calibrate
+    from vitad import Distillation, TeacherCache, calibrate, free_bytes
 
     run = run_folder(settings)
     with one_sentence():
@@ -289,12 +279,16 @@ def train(settings, teacher, device):
     seed = zlib.crc32(f"{settings.dataset}/{settings.category}/{settings.seed}".encode())
     torch.manual_seed(seed)
     model = Distillation(teacher, settings.layers, settings.distance, settings.pos_embed, settings.anchor, settings.lam,
-                         settings.top_k).to(device)
+                         settings.top_k, settings.precision).to(device)
+    with one_sentence():
+        cache = TeacherCache(model, len(images), device, run, settings.cache)
+    if images.nbytes <= free_bytes("device", device) / 4:
+        images = images.to(device)
+    # "reduce-overhead" is CUDA graphs: the launches of a step of 4 images take longer than its work. One graph for the last, smaller batch.
+    loss_terms = torch.compile(model.loss_terms, mode="reduce-overhead", dynamic=False) if settings.compile else model.loss_terms
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if settings.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, settings.lr, settings.momentum, weight_decay=settings.weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(parameters, settings.lr, weight_decay=settings.weight_decay)
+    optimizer = {"sgd": partial(torch.optim.SGD, momentum=settings.momentum), "adamw": torch.optim.AdamW}[settings.optimizer](
+        parameters, settings.lr, weight_decay=settings.weight_decay, fused=True)
 
     def save(name):
         with one_sentence(), atomic(run / name) as temporary:
@@ -306,7 +300,7 @@ def train(settings, teacher, device):
     steps_per_epoch = math.ceil(len(images) / settings.batch_size)
     steps, step = settings.epochs * steps_per_epoch, 0
     print(f"{run}: {len(images)} normal images, {settings.epochs} epochs of {steps_per_epoch} steps, on {config['device']}, "
-          f"teacher {teacher.metadata.get('name', settings.weights)}")
+          f"teacher {teacher.metadata.get('name', settings.weights)}, its features ({cache.bytes / 1e6:,.0f} MB) kept: {cache.where}")
     with one_sentence(OSError), open(run / "log.jsonl", "w", buffering=1) as file:
         progress = Progress(file, steps)
         for epoch in range(1, settings.epochs + 1):
@@ -315,8 +309,11 @@ def train(settings, teacher, device):
                 lr = learning_rate(step, steps, settings)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                # Eq. 1 is complete after one pass; only an EMA goes on.
-                terms = model.loss_terms(images[batch].to(device), update_anchor=epoch == 1 or settings.anchor == "ema")
+                x = images[batch.to(images.device)].to(device)
+                t = cache(batch, x)
+                if epoch == 1 or settings.anchor == "ema":  # Eq. 1 is complete after one pass; only an EMA goes on
+                    model.update_anchor(t)
+                terms = loss_terms(x, t)
                 optimizer.zero_grad()
                 terms["loss"].backward()
                 if settings.clip_grad:
@@ -330,7 +327,8 @@ def train(settings, teacher, device):
             save("checkpoint.safetensors")
 
     # delta of Eq. 10, from the training images themselves: optimistic, since the student has seen them.
-    scores = torch.cat([model.scores(batch.to(device))["score"] for batch in images.split(EVAL_BATCH)])
+    batches = ((index, images[index.to(images.device)].to(device)) for index in torch.arange(len(images)).split(EVAL_BATCH))
+    scores = torch.cat([model.scores(x, cache(index, x))["score"] for index, x in batches])
     model.delta.copy_(calibrate(scores))
     save("model.safetensors")
     (run / "checkpoint.safetensors").unlink()

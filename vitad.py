@@ -7,6 +7,10 @@ unlike the training images the two disagree, and both move away from the anchor:
 Shapes: B images, T = 1 + P tokens (class token first), D width. `t` and `s` are the features of teacher and student,
 {c: (B, T, D)} for the tapped layers c. Every loss is a mean over the batch; every score is (B,), higher = more anomalous.
 """
+import math
+import os
+import shutil
+import tempfile
 from itertools import combinations
 
 import torch
@@ -156,12 +160,13 @@ class Distillation(nn.Module):
     teacher: a ViT, frozen here. The student has its architecture (without head) and random weights, drawn from torch's generator.
     layers: the tapped blocks, ascending; the last one is c of the anchor. reading: of the norm, see `distance`.
     pos_embed: "copy" takes the teacher's position embedding and freezes it, strategy 2 of Fig. 7, the method's; "learn" is strategy 1.
+    precision: "bf16" runs both networks under autocast, master weights in float32; losses and scores are float32 always.
     delta: the threshold of Eq. 10, NaN until calibrated.
     """
 
-    def __init__(self, teacher, layers=LAYERS, reading="unit", pos_embed="copy", anchor="mean", lam=LAM, top_k=TOP_K):
+    def __init__(self, teacher, layers=LAYERS, reading="unit", pos_embed="copy", anchor="mean", lam=LAM, top_k=TOP_K, precision="fp32"):
         super().__init__()
-        self.layers, self.reading, self.lam, self.top_k = tuple(layers), reading, lam, top_k
+        self.layers, self.reading, self.lam, self.top_k, self.precision = tuple(layers), reading, lam, top_k, precision
         self.teacher = teacher.requires_grad_(False).eval()
         self.student = ViT(**teacher.config)
         if pos_embed == "copy":
@@ -179,33 +184,94 @@ class Distillation(nn.Module):
         teacher = {f"teacher.{key}": value for key, value in self.teacher.state_dict().items()}
         self.load_state_dict({**teacher, **state}, strict=True)
 
-    def features(self, images):
-        """uint8 images (B, 3, s, s) -> (t, s), the features of teacher and student; the teacher's carry no gradient."""
-        images = self.teacher.prepare(images)
-        with torch.no_grad():
-            t = self.teacher(images, self.layers)
-        return t, self.student(images, self.layers)
+    def features(self, vit, images):
+        """uint8 images (B, 3, s, s) -> features of `vit`, the teacher or the student, float32."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            features = vit(self.teacher.prepare(images), self.layers)
+        return {c: x.float() for c, x in features.items()}
 
-    def loss_terms(self, images, update_anchor):
-        """The unweighted terms of Eq. 6 and their sum: {"loss", "distill", "anchor", "gram"}, scalars.
+    @torch.no_grad()
+    def teach(self, images):
+        """uint8 images (B, 3, s, s) -> t, the teacher's features; nothing is learnt from them later than here, so they may be kept."""
+        return self.features(self.teacher, images)
 
-        update_anchor: whether the teacher's class tokens of this batch enter Eq. 1 first.
-        """
-        t, s = self.features(images)
-        last = self.layers[-1]
-        if update_anchor:
-            self.anchor.update(t[last][:, 0])
+    def update_anchor(self, t):
+        """Eq. 1: take in the teacher's class tokens of one batch."""
+        self.anchor.update(t[self.layers[-1]][:, 0])
+
+    def loss_terms(self, images, t):
+        """The unweighted terms of Eq. 6 and their sum: {"loss", "distill", "anchor", "gram"}, scalars; t = teach(images)."""
+        s, last = self.features(self.student, images), self.layers[-1]
         terms = {"distill": distill_loss(t, s, self.reading),
                  "anchor": anchor_loss(s[last][:, 0], self.anchor.value, self.reading),
                  "gram": gram_loss(t, s, self.reading)}
         return {"loss": total_loss(**terms, lam=self.lam), **terms}
 
-    @torch.inference_mode()
-    def scores(self, images):
-        """Eq. 10 and what it is made of: {"score", "score_d", "score_a_teacher", "score_a_student"}, (B,) each."""
-        t, s = self.features(images)
-        last = self.layers[-1]
+    @torch.no_grad()
+    def scores(self, images, t=None):
+        """Eq. 10 and what it is made of: {"score", "score_d", "score_a_teacher", "score_a_student"}, (B,) each; t = teach(images) if known."""
+        t = self.teach(images) if t is None else t
+        s, last = self.features(self.student, images), self.layers[-1]
         parts = dict(zip(("score_a_teacher", "score_a_student"),
                          score_a(t[last][:, 0], s[last][:, 0], self.anchor.value, self.reading)))
         parts["score_d"] = score_d(t, s, self.top_k, self.reading)
         return {"score": score(**parts), **parts}
+
+
+class TeacherCache:
+    """The teacher's features of the training images. They never change, since nothing is augmented and the teacher is frozen: the first
+    epoch computes them, the others look them up, and a training step costs three forwards (one and the backward) in place of four.
+
+    N x layers x (1 + P) x D values of 4 bytes, or 2 under bf16, are kept in the device's memory, else the host's, else a memory-mapped file in
+    `folder` that goes with the run, else not at all: the first that leaves half of what is free. `where` forces one of PLACES.
+    """
+
+    PLACES = ("device", "host", "disk", "off")
+
+    def __init__(self, model, images, device, folder, where=None):
+        config = model.teacher.config
+        self.model, self.dtype = model, torch.bfloat16 if model.precision == "bf16" else torch.float32
+        shape = (images, len(model.layers), 1 + config["grid"] ** 2, config["width"])
+        self.bytes = math.prod(shape) * self.dtype.itemsize
+        self.where = where or next(place for place in self.PLACES if self.bytes <= free_bytes(place, device, folder) / 2)
+        self.known = torch.zeros(images, dtype=torch.bool)
+        if self.where == "disk":
+            self.file = tempfile.NamedTemporaryFile(dir=folder, prefix="teacher.", suffix=".tmp")
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self.file.fileno(), 0, self.bytes)  # a full disk is an error here, and not a crash later
+            self.store = torch.from_file(self.file.name, shared=True, size=math.prod(shape), dtype=self.dtype).view(shape)
+        elif self.where != "off":
+            self.store = torch.empty(shape, dtype=self.dtype, device=device if self.where == "device" else "cpu")
+
+    def __call__(self, index, images):
+        """t of `images`, uint8 (B, 3, s, s), whose places in the training set are `index` (B,), on the CPU."""
+        where = index.to(self.store.device) if self.where != "off" else None
+        if self.known[index].all():
+            t = self.store[where].to(images.device, non_blocking=True)  # (B, layers, 1 + P, D)
+        else:
+            t = torch.stack(list(self.model.teach(images).values()), dim=1).to(self.dtype)
+            if self.where != "off":
+                self.store[where], self.known[index] = t.to(self.store.device), True
+        return dict(zip(self.model.layers, t.float().unbind(1)))
+
+
+def free_bytes(place, device, folder=None):
+    """Free memory of the device, the host, or the disk under `folder`; "off" needs none."""
+    if place == "device":
+        return torch.cuda.mem_get_info(device)[0] if "cuda" in device else 0  # the CPU's memory is the host's
+    if place == "host":
+        known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ())
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 8 << 30
+    return shutil.disk_usage(folder).free if place == "disk" else math.inf
+
+
+def pick_device(name, precision="fp32"):
+    """--device as torch names it; None: cuda where there is one, else cpu. Products of matrices are exact float32 unless `precision` is tf32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch: an unknown name, or a device that this machine or build lacks
+        raise ValueError(f"--device: expected a device that torch can use here, got {name!r} ({str(error).splitlines()[0]})") from None
+    return name

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import convert
 import data
 from data import PAPER_AUROC
-from evaluate import auroc, table
+from evaluate import auroc, of_one_kind, table
 from vit import load_vit
 from vitad import Distillation
 
@@ -98,6 +98,37 @@ def test_the_same_command_gives_the_same_bytes_and_another_seed_others(world):
     assert (world / "other/mvtec/bottle/seed1/model.safetensors").read_bytes() != model
 
 
+@pytest.mark.parametrize("cache", ["off", "disk"])
+def test_keeping_the_teachers_features_changes_nothing(world, tmp_path, cache):
+    assert run(TRAIN, *arguments(world, out=tmp_path, cache=cache), cwd=world).returncode == 0
+    kept, computed = (load_file(folder / "model.safetensors") for folder in (run_folder(world), tmp_path / "mvtec/bottle/seed0"))
+    for key, value in kept.items():
+        torch.testing.assert_close(computed[key], value, rtol=1e-4, atol=1e-6)
+    assert sorted(path.name for path in (tmp_path / "mvtec/bottle/seed0").iterdir()) == ["config.json", "log.jsonl", "model.safetensors"]
+
+
+def test_runs_evaluated_together_score_as_when_alone(world, tmp_path):
+    for seed in (0, 1):
+        assert run(TRAIN, *arguments(world, out=tmp_path, seed=seed, epochs=1), cwd=world).returncode == 0
+    folders = [tmp_path / "mvtec/bottle" / f"seed{seed}" for seed in (0, 1)]
+    assert run(EVALUATE, "--out", tmp_path, cwd=world).returncode == 0
+    together = [(folder / "scores.csv").read_bytes() for folder in folders]
+    for folder, scores in zip(folders, together):
+        assert run(EVALUATE, folder, cwd=world).returncode == 0
+        assert (folder / "scores.csv").read_bytes() == scores
+    assert together[0] != together[1]
+
+
+def test_the_teacher_sees_the_test_images_of_a_protocol_once():
+    def kind(dataset, category, **changes):
+        settings = {"dataset": dataset, "category": category, "data_root": "data", "layers": [3, 6, 9, 11], **changes}
+        return of_one_kind(("run", {"settings": settings, "teacher": {"sha256": "0"}}))
+
+    assert kind("cifar10", "cat") == kind("cifar10", "dog", seed=1) != kind("cifar100", "fish")
+    assert kind("mvtec", "pill") != kind("mvtec", "bottle") and kind("mvtec", "pill") == kind("mvtec", "pill", seed=1)
+    assert kind("cifar10", "cat") != kind("cifar10", "cat", layers=[11])
+
+
 def test_training_reads_no_test_image(world, tmp_path):
     shutil.copytree(world / "data" / "bottle" / "train", tmp_path / "data" / "bottle" / "train")
     shutil.copy(world / "teacher.safetensors", tmp_path)
@@ -125,7 +156,7 @@ def test_overwrite_starts_again(world, tmp_path):
 
 @pytest.mark.parametrize("options", [
     {"distance": "mse", "clip-grad": 1, "anchor": "ema"}, {"distance": "l2", "clip-grad": 1, "pos-embed": "learn"},
-    {"optimizer": "adamw", "layers": "2,4", "top-k": 3, "momentum": 0}, {"decay": "constant", "warmup": 0, "lam": 0, "batch-size": 64},
+    {"optimizer": "adamw", "layers": "2,4", "top-k": 3, "momentum": 0}, {"precision": "bf16", "cache": "disk"}, {"precision": "tf32", "cache": "off"}, {"decay": "constant", "warmup": 0, "lam": 0, "batch-size": 64},
 ])
 def test_every_option_trains_and_evaluates(world, tmp_path, options):
     process = run(TRAIN, *arguments(world, out=tmp_path, epochs=1, **options), cwd=world)
@@ -305,7 +336,7 @@ def test_real_scores_do_not_depend_on_the_batch(tmp_path):
     images = data.test_split("mvtec", root, "bottle").images[:64]
     torch.manual_seed(0)
     model = Distillation(load_vit(tmp_path / "teacher.safetensors"))
-    model.loss_terms(images[:8], update_anchor=True)
+    model.update_anchor(model.teach(images[:8]))
     scores = {size: torch.cat([model.scores(batch)["score"] for batch in images.split(size)]) for size in (1, 7, 64)}
     for size in (1, 7):
         torch.testing.assert_close(scores[size], scores[64], rtol=1e-5, atol=0)

@@ -1,4 +1,5 @@
 """The equations of vitad.py against naive NumPy loops in float64, written from the paper; and who learns from what."""
+import shutil
 from itertools import combinations
 
 import numpy as np
@@ -194,12 +195,19 @@ def distillation(**options):
     return vitad.Distillation(tiny_vit(), **options)
 
 
+def learn(model):
+    """The first step of training up to the loss: the teacher's features, and the anchor from them."""
+    t = model.teach(IMAGES)
+    model.update_anchor(t)
+    return t
+
+
 def test_only_the_student_learns():
     model = distillation()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
-    terms = model.loss_terms(IMAGES, update_anchor=True)
+    terms = model.loss_terms(IMAGES, learn(model))
     terms["loss"].backward()
     optimizer.step()
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
@@ -211,22 +219,14 @@ def test_only_the_student_learns():
 
 def test_loss_terms_are_eq6_of_the_features():
     model = distillation(lam=0.5, layers=(2, 5), reading="mse")
-    terms = model.loss_terms(IMAGES, update_anchor=True)
-    t, s = model.features(IMAGES)
+    t = learn(model)
+    terms, s = model.loss_terms(IMAGES, t), model.features(model.student, IMAGES)
     torch.testing.assert_close(model.anchor.value, t[5][:, 0].mean(dim=0))
     torch.testing.assert_close(terms["distill"], vitad.distill_loss(t, s, "mse"))
     torch.testing.assert_close(terms["anchor"], vitad.anchor_loss(s[5][:, 0], t[5][:, 0].mean(dim=0), "mse"))
     torch.testing.assert_close(terms["gram"], vitad.gram_loss(t, s, "mse"))
     torch.testing.assert_close(terms["loss"], terms["distill"] + 0.5 * (terms["anchor"] + terms["gram"]))
     assert not any(x.requires_grad for x in t.values()) and all(x.requires_grad for x in s.values())
-
-
-def test_anchor_stays_when_not_asked_to_move():
-    model = distillation()
-    model.loss_terms(IMAGES[:2], update_anchor=True)
-    before = model.anchor.value.clone()
-    model.loss_terms(IMAGES[2:], update_anchor=False)
-    assert torch.equal(model.anchor.value, before)
 
 
 def test_position_embedding_strategies():
@@ -246,10 +246,10 @@ def test_student_is_random_and_has_the_teachers_architecture():
 
 def test_scores_are_eq10_of_the_features():
     model = distillation(top_k=7)
-    model.loss_terms(IMAGES, update_anchor=True)
+    t = learn(model)
     parts = model.scores(IMAGES)
     with torch.no_grad():
-        t, s = model.features(IMAGES)
+        s = model.features(model.student, IMAGES)
     anchor = model.anchor.value
     torch.testing.assert_close(parts["score_d"], vitad.score_d(t, s, 7))
     torch.testing.assert_close(parts["score_a_teacher"], vitad.distance(t[11][:, 0], anchor))
@@ -259,7 +259,7 @@ def test_scores_are_eq10_of_the_features():
 
 def test_scores_do_not_depend_on_the_batch():
     model = distillation()
-    model.loss_terms(IMAGES, update_anchor=True)
+    learn(model)
     together = model.scores(IMAGES)["score"]
     alone = torch.cat([model.scores(image[None])["score"] for image in IMAGES])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
@@ -268,7 +268,7 @@ def test_scores_do_not_depend_on_the_batch():
 def test_learned_state_carries_all_that_scoring_needs():
     model, other = distillation(), distillation()
     perturb(model.student, seed=9)
-    model.loss_terms(IMAGES, update_anchor=True)
+    learn(model)
     model.delta.fill_(3.5)
     state = model.learned_state()
     assert not any(key.startswith("teacher.") for key in state)
@@ -283,9 +283,9 @@ def test_learned_state_carries_all_that_scoring_needs():
 def test_training_lowers_the_loss():
     model = distillation()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
-    losses = []
-    for step in range(30):
-        terms = model.loss_terms(IMAGES, update_anchor=step == 0)
+    t, losses = learn(model), []
+    for _ in range(30):
+        terms = model.loss_terms(IMAGES, t)
         optimizer.zero_grad()
         terms["loss"].backward()
         optimizer.step()
@@ -295,3 +295,56 @@ def test_training_lowers_the_loss():
 
 def test_pairs_of_the_default_layers():
     assert vitad.LAYERS == LAYERS and len(list(combinations(vitad.LAYERS, 2))) == 6 and vitad.TOP_K == 20 and vitad.LAM == 1
+
+
+# ------------------------------------------------------------------------------------------------------------------ speed
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("where", ["host", "disk", "off"])
+def test_kept_features_are_those_of_the_teacher(where, precision, tmp_path):
+    model = distillation(precision=precision)
+    cache = vitad.TeacherCache(model, 7, "cpu", tmp_path, where)
+    assert cache.bytes == 7 * 4 * 50 * 32 * (4 if precision == "fp32" else 2)
+    order = torch.tensor([6, 1, 4, 0, 3])
+    first = cache(order, IMAGES)
+    expected = model.teach(IMAGES)
+    for c in LAYERS:
+        assert torch.equal(first[c], expected[c] if precision == "fp32" else expected[c].bfloat16().float())
+    calls = []
+    model.teacher.register_forward_hook(lambda *_: calls.append(1))
+    again = cache(order.flip(0), IMAGES.flip(0))
+    assert all(torch.equal(again[c], first[c].flip(0)) for c in LAYERS) and len(calls) == (where == "off")
+    unseen = cache(torch.tensor([0, 2]), IMAGES[[3, 0]])  # one of them known: the batch is computed
+    torch.testing.assert_close(unseen[11], first[11][[3, 0]], rtol=1e-2 if precision == "bf16" else 1e-5, atol=1e-2 if precision == "bf16" else 1e-5)
+    assert len(calls) == 1 + (where == "off")
+
+
+def test_the_cache_leaves_half_of_what_is_free(monkeypatch, tmp_path):
+    model, need = distillation(), 7 * 4 * 50 * 32 * 4
+    for free, expected in (({"device": 2 * need, "host": 0, "disk": 0}, "device"), ({"device": 2 * need - 1, "host": 2 * need, "disk": 0}, "host"),
+                           ({"device": 0, "host": need, "disk": 2 * need}, "disk"), ({"device": 0, "host": 0, "disk": need}, "off")):
+        monkeypatch.setattr(vitad, "free_bytes", lambda place, *_, free=free: {**free, "off": float("inf")}[place])
+        assert vitad.TeacherCache(model, 7, "cpu", tmp_path).where == expected
+    assert not list(tmp_path.iterdir())  # the file went with the cache
+
+
+def test_bf16_keeps_weights_losses_and_scores_in_float32():
+    exact, model = distillation(), distillation(precision="bf16")
+    terms, expected = model.loss_terms(IMAGES, learn(model)), exact.loss_terms(IMAGES, learn(exact))
+    assert all(value.dtype == torch.float32 for value in terms.values()) and all(p.dtype == torch.float32 for p in model.parameters())
+    for name, value in terms.items():
+        torch.testing.assert_close(value, expected[name], rtol=0.02, atol=0.01)
+        assert name == "anchor" or not torch.equal(value, expected[name])  # it did run in bfloat16
+    terms["loss"].backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.student.blocks.parameters())
+    assert model.scores(IMAGES)["score"].dtype == torch.float32
+
+
+def test_compiled_losses_are_the_eager_ones():
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile needs a C++ compiler, and there is none")
+    model = distillation()
+    t = learn(model)
+    eager, compiled = model.loss_terms(IMAGES, t), torch.compile(model.loss_terms)(IMAGES, t)
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-6)
