@@ -288,7 +288,7 @@ def train(settings, teacher, device):
     loss_terms = torch.compile(model.loss_terms, mode="reduce-overhead", dynamic=False) if settings.compile else model.loss_terms
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = {"sgd": partial(torch.optim.SGD, momentum=settings.momentum), "adamw": torch.optim.AdamW}[settings.optimizer](
-        parameters, settings.lr, weight_decay=settings.weight_decay, fused=True)
+        parameters, settings.lr, weight_decay=settings.weight_decay, fused="cuda" in device)  # on a CPU it is no faster
 
     def save(name):
         with one_sentence(), atomic(run / name) as temporary:

@@ -98,7 +98,7 @@ class Ours:
     def __init__(self, teacher, images, device, lr, precision="fp32", compiled=False):
         self.model = Distillation(teacher, precision=precision).to(device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(self.parameters, lr, momentum=0.9, fused=True)
+        self.optimizer = torch.optim.SGD(self.parameters, lr, momentum=0.9, fused="cuda" in device)
         self.cache = TeacherCache(self.model, len(images), device, ".", "device" if "cuda" in device else "host")
         self.loss_terms = self.model.loss_terms
         if compiled:
