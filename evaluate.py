@@ -64,7 +64,7 @@ def load_run(run, config, teacher, precision):
 
     settings = config["settings"]
     model = Distillation(teacher, settings["layers"], settings["distance"], settings["pos_embed"], settings["anchor"],
-                         settings["lam"], settings["top_k"], precision)
+                         settings["lam"], settings["top_k"], precision, settings.get("patch_embed", "learn"))
     try:
         model.load_learned_state(load_file(run / "model.safetensors"))
     except (SafetensorError, RuntimeError) as error:

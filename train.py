@@ -17,6 +17,7 @@ import json
 import math
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -78,10 +79,14 @@ class Settings:
     anchor: str = option("mean", "average of Eq. 1: cumulative mean of the first epoch, or bias-corrected EMA", choices=["mean", "ema"])
     pos_embed: str = option("copy", "student's position embedding: the teacher's, frozen (Fig. 7, strategy 2), or learnt",
                             choices=["copy", "learn"])
+    init: str = option("normal", "student's linear layers at the start: truncated normal 0.02, or Xavier's uniform", choices=["normal", "xavier"])
+    patch_embed: str = option("learn", "student's patch projection: learnt, or the teacher's, frozen", choices=["copy", "learn"])
+    holdout: float = option(0.0, "share of the training images to hold out: they measure how far training has come, and calibrate delta")
     seed: int = option(0, "of the student's initialisation and the order of the images")
     device: str = option(None, "cpu, cuda, cuda:1, ...; default cuda where there is one")
     precision: str = option("fp32", "of the networks; losses and scores are float32 always", choices=["fp32", "tf32", "bf16"])
     compile: bool = option(False, "compile the student and the losses with torch.compile: minutes at the start, faster steps")
+    checkpoint_every: float = option(60.0, "seconds from one checkpoint to the next; --resume continues from the last")
     cache: str = option(None, "where the teacher's features are kept; default the first with room", choices=["device", "host", "disk", "off"])
 
 
@@ -94,7 +99,7 @@ def block_numbers(text):
 
 
 def parse(argv):
-    """Command line -> (Settings, whether an existing run may be replaced); a wrong value ends with one sentence and exit code 2."""
+    """Command line -> (Settings, what to do with a run that exists); a wrong value ends with one sentence and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail  # one sentence, without the usage before it
     for f in dataclasses.fields(Settings):
@@ -103,9 +108,11 @@ def parse(argv):
         help = f.metadata["help"] + (f" (default {shown})" if f.default not in (None, False) else "")
         kind = {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata.get("choices")}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=help, **kind)
-    parser.add_argument("--overwrite", action="store_true", help="start again where a run exists already")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", dest="existing", action="store_const", const="resume", help="continue an unfinished run from its last checkpoint")
+    existing.add_argument("--overwrite", dest="existing", action="store_const", const="overwrite", help="start again where a run exists already")
     arguments = vars(parser.parse_args(argv))
-    overwrite = arguments.pop("overwrite")
+    existing = arguments.pop("existing")
     for name, value in PER_DATASET[arguments["dataset"]].items():
         if arguments[name] is None:
             arguments[name] = ADAMW_LR if name == "lr" and arguments["optimizer"] == "adamw" else value
@@ -116,13 +123,14 @@ def parse(argv):
     settings = Settings(**arguments)
     for names, words, holds in (("epochs batch_size top_k", "at least 1", lambda value: value >= 1),
                                 ("lr", "more than 0", lambda value: 0 < value < math.inf),
-                                ("momentum weight_decay warmup clip_grad lam seed", "0 or more", lambda value: 0 <= value < math.inf)):
+                                ("holdout", "0 or more and below 1", lambda value: 0 <= value < 1),
+                                ("momentum weight_decay warmup clip_grad lam seed checkpoint_every", "0 or more", lambda value: 0 <= value < math.inf)):
         for name in names.split():
             if not holds(arguments[name]):
                 fail(f"--{name.replace('_', '-')}: expected {words}, got {arguments[name]}")
     if list(settings.layers) != sorted(set(settings.layers)) or settings.layers[0] < 0:
         fail(f"--layers: expected ascending block numbers from 0, got {','.join(map(str, settings.layers))}")
-    return settings, overwrite
+    return settings, existing
 
 
 def pick_category(dataset, category, data_root):
@@ -149,16 +157,20 @@ def read_config(run):
     return config
 
 
-def is_complete(run, settings):
-    """Whether the run exists already, with these settings; refuses, naming the difference, if it exists with others."""
-    if not (run / "model.safetensors").is_file():
+def is_complete(run, settings, existing):
+    """Whether the run is there, whole. Refuses one of other settings, naming the difference, and to begin again what --resume can continue."""
+    complete, begun = ((run / name).is_file() for name in ("model.safetensors", "checkpoint.safetensors"))
+    if existing == "overwrite" or not complete and not begun:
         return False
     then, now = read_config(run)["settings"], json.loads(json.dumps(dataclasses.asdict(settings)))  # tuples become lists, as in the file
-    different = [f"{name} {then[name]} -> {now[name]}" for name in now if name not in ("out", "device", "compile", "cache") and then.get(name, now[name]) != now[name]]
+    free = ("out", "device", "compile", "cache", "checkpoint_every")  # what may differ: the numbers do not hang on them but for rounding
+    different = [f"{name} {then[name]} -> {now[name]}" for name in now if name not in free and then.get(name, now[name]) != now[name]]
     if different:
         raise ValueError(f"{run}: expected the settings of the run that is there, got {', '.join(different)}: "
                          f"choose another --out, or --overwrite to start again")
-    return True
+    if not complete and existing != "resume":
+        raise ValueError(f"{run}: expected --resume, to continue the unfinished run that is there, or --overwrite, to start again, got neither")
+    return complete
 
 
 def learning_rate(step, steps, settings):
@@ -190,23 +202,24 @@ def provenance(device):
 
 
 class Progress:
-    """Means over the last LOG_EVERY steps: a line of log.jsonl, one line that updates in a terminal, a line an epoch elsewhere."""
+    """Means over the steps since the last line: into log.jsonl, on one line that updates in a terminal, a line an epoch elsewhere."""
 
-    def __init__(self, file, steps):
-        self.file, self.steps = file, steps
+    def __init__(self, file, steps, step):
+        self.file, self.steps, self.first = file, steps, step
         self.sums, self.images, self.count = {}, 0, 0
         self.start = self.last = time.perf_counter()
 
-    def add(self, terms, images, epoch, step, lr, epoch_ends):
-        """Take in one step; every LOG_EVERY steps, and at an epoch's end, log. False if a loss has stopped being finite."""
+    def add(self, terms, images):
+        """Take in one step; nothing waits for the device."""
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.images, self.count = self.images + images, self.count + 1
-        if step % LOG_EVERY and not epoch_ends:
-            return True
-        now = time.perf_counter()
+
+    def log(self, epoch, step, lr, epoch_ends):
+        """Write a line; False if a loss has stopped being finite."""
         means = {name: float(value) / self.count for name, value in self.sums.items()}
-        rate, left = self.images / (now - self.last), (now - self.start) / step * (self.steps - step)
+        now = time.perf_counter()
+        rate, left = self.images / (now - self.last), (now - self.start) / (step - self.first) * (self.steps - step)
         self.file.write(json.dumps({"epoch": epoch, "step": step, "lr": lr, **means, "images_per_s": round(rate, 1)}) + "\n")
         shown = " ".join(f"{name} {value:.3f}" for name, value in means.items())
         line = f"epoch {epoch} step {step}/{self.steps} {shown} {rate:.1f} images/s {int(left) // 60}:{int(left) % 60:02d} left"
@@ -217,21 +230,81 @@ class Progress:
         self.sums, self.images, self.count, self.last = {}, 0, 0, now
         return math.isfinite(sum(means.values()))
 
+    def held_out(self, epoch, step, distances):
+        """Log the mean cosine distance to the teacher on the images held out, per tapped layer."""
+        self.file.write(json.dumps({"epoch": epoch, "step": step, "held_out": distances, "held_out_mean": sum(distances) / len(distances)}) + "\n")
+
 
 def diverged(run, epoch, step):
     """One sentence and the end: the weights are lost, the last checkpoint is not."""
     kept = run / "checkpoint.safetensors"
     fail(f"{run}: the loss stopped being finite by step {step} in epoch {epoch}; "
-         f"{f'{kept} holds the last good epoch' if kept.exists() else 'no epoch was complete'}; try --clip-grad 1 or a lower --lr")
+         f"{f'{kept} holds the last good step that was saved' if kept.exists() else 'nothing was saved before'}; try --clip-grad 1 or a lower --lr")
 
 
-def main(settings, overwrite):
+def catch_signals():
+    """-> a list that the number of Ctrl-C or SIGTERM will be put in, for the loop to end after its step; a second one ends at once."""
+    stopped = []
+
+    def note(number, frame):
+        stopped.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return stopped
+
+
+def save_checkpoint(path, model, optimizer, step):
+    """All that the rest of the run depends on: student, anchor, the optimiser's state, step and random state. (The order of the images
+    depends on seed and epoch alone.)"""
+    import torch
+
+    state = {f"optimizer.{i}.{name}": value for i, values in optimizer.state_dict()["state"].items()
+             for name, value in values.items() if value is not None}
+    save_tensors({**model.learned_state(), **state, "random": torch.get_rng_state(), "step": torch.tensor(step)}, path)
+
+
+def load_checkpoint(path, model, optimizer):
+    """The inverse; -> step."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+        step, states = int(tensors.pop("step")), {}
+        torch.set_rng_state(tensors.pop("random"))
+        for key in [key for key in tensors if key.startswith("optimizer.")]:
+            _, i, name = key.split(".")
+            states.setdefault(int(i), {})[name] = tensors.pop(key)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+        model.load_learned_state(tensors)
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: expected a checkpoint of this run, got a file that does not fit ({str(error).splitlines()[0]}): "
+                         f"--overwrite starts again") from None
+    return step
+
+
+def save_tensors(tensors, path):
+    """A safetensors file that appears whole or not at all; a full disk is one sentence."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with one_sentence(), atomic(path) as temporary:
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:  # its word for a full disk
+            raise ValueError(f"{path}: expected room for the model, got {error}") from None
+
+
+def main(settings, existing):
     every = settings.category == "all" and settings.dataset != "folder"  # whose folder may well be called that
     categories = list(PAPER_AUROC[settings.dataset]) if every else [settings.category]
     todo = []
     with one_sentence():
         for one in (dataclasses.replace(settings, category=category) for category in categories):
-            if not overwrite and is_complete(run_folder(one), one):
+            if is_complete(run_folder(one), one, existing):
                 print(f"{run_folder(one)}: complete, nothing to do; --overwrite starts it again")
             else:
                 todo.append(one)
@@ -253,22 +326,24 @@ def main(settings, overwrite):
         if settings.top_k > patches:
             raise ValueError(f"--top-k: expected at most {patches}, the teacher's number of patches, got {settings.top_k}")
     for one in todo:
-        train(one, teacher, device)
+        train(one, teacher, device, existing == "resume")
 
 
-def train(settings, teacher, device):
+def train(settings, teacher, device, resume):
     """One run, from the training images to the run folder."""
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     from vitad import Distillation, TeacherCache, calibrate, free_bytes
 
     run = run_folder(settings)
+    checkpoint, log = run / "checkpoint.safetensors", run / "log.jsonl"
+    resume = resume and checkpoint.is_file()
     with one_sentence():
         images = train_split(settings.dataset, settings.data_root, settings.category, teacher.image_size).images
         run.mkdir(parents=True, exist_ok=True)
-        for name in ("model.safetensors", "checkpoint.safetensors", "log.jsonl", "scores.csv", "result.json"):
+        if resume and read_config(run)["teacher"]["sha256"] != teacher.sha256:
+            raise ValueError(f"{settings.weights}: expected the teacher that {run} was begun with, got another: --overwrite starts again with this one")
+        for name in () if resume else ("model.safetensors", "checkpoint.safetensors", "log.jsonl", "scores.csv", "result.json"):
             (run / name).unlink(missing_ok=True)
         config = {"settings": dataclasses.asdict(settings), "teacher": {"sha256": teacher.sha256, **teacher.metadata},
                   "images": len(images), **provenance(device)}
@@ -279,7 +354,7 @@ def train(settings, teacher, device):
     seed = zlib.crc32(f"{settings.dataset}/{settings.category}/{settings.seed}".encode())
     torch.manual_seed(seed)
     model = Distillation(teacher, settings.layers, settings.distance, settings.pos_embed, settings.anchor, settings.lam,
-                         settings.top_k, settings.precision).to(device)
+                         settings.top_k, settings.precision, settings.patch_embed, settings.init).to(device)
     with one_sentence():
         cache = TeacherCache(model, len(images), device, run, settings.cache)
     if images.nbytes <= free_bytes("device", device) / 4:
@@ -290,27 +365,39 @@ def train(settings, teacher, device):
     optimizer = {"sgd": partial(torch.optim.SGD, momentum=settings.momentum), "adamw": torch.optim.AdamW}[settings.optimizer](
         parameters, settings.lr, weight_decay=settings.weight_decay, fused="cuda" in device)  # on a CPU it is no faster
 
-    def save(name):
-        with one_sentence(), atomic(run / name) as temporary:
-            try:
-                save_file(model.learned_state(), temporary)
-            except SafetensorError as error:  # its word for a full disk
-                raise ValueError(f"{run / name}: expected room for the model, got {error}") from None
+    # The same images are held out whatever the seed.
+    shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(zlib.crc32(f"{settings.dataset}/{settings.category}".encode())))
+    held_out, kept = (part.sort().values for part in shuffled.tensor_split([round(settings.holdout * len(images))]))
 
-    steps_per_epoch = math.ceil(len(images) / settings.batch_size)
+    def batches(index, size):
+        for batch in index.split(size):
+            x = images[batch.to(images.device)].to(device)
+            yield x, cache(batch, x)
+
+    def order(epoch):
+        return kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed + epoch))]
+
+    steps_per_epoch = math.ceil(len(kept) / settings.batch_size)
     steps, step = settings.epochs * steps_per_epoch, 0
-    print(f"{run}: {len(images)} normal images, {settings.epochs} epochs of {steps_per_epoch} steps, on {config['device']}, "
+    print(f"{run}: {len(kept)} normal images, {settings.epochs} epochs of {steps_per_epoch} steps, on {config['device']}, "
           f"teacher {teacher.metadata.get('name', settings.weights)}, its features ({cache.bytes / 1e6:,.0f} MB) kept: {cache.where}")
-    with one_sentence(OSError), open(run / "log.jsonl", "w", buffering=1) as file:
-        progress = Progress(file, steps)
-        for epoch in range(1, settings.epochs + 1):
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed + epoch))
-            for batch in order.split(settings.batch_size):
+    if resume:
+        with one_sentence():
+            step = load_checkpoint(checkpoint, model, optimizer)
+            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+            with atomic(log) as temporary:
+                temporary.write_text("".join(lines))
+        print(f"{run}: continues after step {step} of {steps}")
+        for _ in batches(order(1)[:step * settings.batch_size] if cache.where != "off" else order(1)[:0], settings.batch_size):
+            pass  # the features are kept as the first epoch computed them, in its batches, to the last bit
+    stopped = catch_signals()
+    with one_sentence(OSError), open(log, "a", buffering=1) as file:
+        progress, saved = Progress(file, steps, step), time.monotonic()
+        for epoch in range(step // steps_per_epoch + 1, settings.epochs + 1):
+            for x, t in batches(order(epoch)[step % steps_per_epoch * settings.batch_size:], settings.batch_size):
                 lr = learning_rate(step, steps, settings)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                x = images[batch.to(images.device)].to(device)
-                t = cache(batch, x)
                 if epoch == 1 or settings.anchor == "ema":  # Eq. 1 is complete after one pass; only an EMA goes on
                     model.update_anchor(t)
                 terms = loss_terms(x, t)
@@ -320,20 +407,35 @@ def train(settings, teacher, device):
                     torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad)
                 optimizer.step()
                 step += 1
-                if not progress.add(terms, len(batch), epoch, step, lr, epoch_ends=step % steps_per_epoch == 0):
+                progress.add(terms, len(x))
+                epoch_ends = step % steps_per_epoch == 0
+                if not (step % LOG_EVERY == 0 or epoch_ends or stopped):
+                    continue
+                due = stopped or time.monotonic() - saved >= settings.checkpoint_every
+                # The last step can break the weights unseen by its loss; a checkpoint must not hold them.
+                if not progress.log(epoch, step, lr, epoch_ends) or (due or step == steps) and not all(p.isfinite().all() for p in parameters):
                     diverged(run, epoch, step)
-            if not all(p.isfinite().all() for p in parameters):  # the last step of the epoch can break them unseen by its loss
-                diverged(run, epoch, step)
-            save("checkpoint.safetensors")
+                if epoch_ends and len(held_out):
+                    progress.held_out(epoch, step, torch.cat([model.disagreement(x, t) for x, t in batches(held_out, EVAL_BATCH)]).mean(dim=0).tolist())
+                if due:
+                    save_checkpoint(checkpoint, model, optimizer, step)
+                    saved = time.monotonic()
+                if stopped:
+                    print(f"\n{run}: stopped after step {step} of {steps}; --resume continues from there", file=sys.stderr)
+                    sys.exit(128 + stopped[0])
 
-    # delta of Eq. 10, from the training images themselves: optimistic, since the student has seen them.
-    batches = ((index, images[index.to(images.device)].to(device)) for index in torch.arange(len(images)).split(EVAL_BATCH))
-    scores = torch.cat([model.scores(x, cache(index, x))["score"] for index, x in batches])
-    model.delta.copy_(calibrate(scores))
-    save("model.safetensors")
-    (run / "checkpoint.safetensors").unlink()
-    print(f"{run}: done; the training images score {scores.mean():.2f} on average, delta is {model.delta:.2f}; "
-          f"next: python evaluate.py {shlex.quote(str(run))}")
+        # delta of Eq. 10, from images held out, or else from the training images themselves: optimistic, since the student has seen them.
+        parts = [model.scores(x, t) for x, t in batches(held_out if len(held_out) else kept, EVAL_BATCH)]
+        scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        model.delta.copy_(calibrate(scores["score"]))
+        file.write(json.dumps({"step": step, "delta": model.delta.item(), "images": len(scores["score"]), "held_out": len(held_out) > 0,
+                               **{name: {"mean": x.mean().item(), "std": x.std(correction=0).item()} for name, x in scores.items()}}) + "\n")
+    save_tensors(model.learned_state(), run / "model.safetensors")
+    checkpoint.unlink(missing_ok=True)
+    print(f"{run}: done; {'images held out' if len(held_out) else 'the training images'} score {scores['score'].mean():.2f} on average, "
+          f"delta is {model.delta:.2f}; next: python evaluate.py {shlex.quote(str(run))}")
+    if stopped:  # too late to stop this run; the next one of --category all does not begin
+        sys.exit(128 + stopped[0])
 
 
 if __name__ == "__main__":

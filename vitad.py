@@ -160,18 +160,28 @@ class Distillation(nn.Module):
     teacher: a ViT, frozen here. The student has its architecture (without head) and random weights, drawn from torch's generator.
     layers: the tapped blocks, ascending; the last one is c of the anchor. reading: of the norm, see `distance`.
     pos_embed: "copy" takes the teacher's position embedding and freezes it, strategy 2 of Fig. 7, the method's; "learn" is strategy 1.
+    patch_embed: the same choice for the patch projection. init: the student's linear layers start "normal", with deviation 0.02, or "xavier",
+    which is about the same at a width of 768 and grows as the width shrinks.
     precision: "bf16" runs both networks under autocast, master weights in float32; losses and scores are float32 always.
     delta: the threshold of Eq. 10, NaN until calibrated.
     """
 
-    def __init__(self, teacher, layers=LAYERS, reading="unit", pos_embed="copy", anchor="mean", lam=LAM, top_k=TOP_K, precision="fp32"):
+    def __init__(self, teacher, layers=LAYERS, reading="unit", pos_embed="copy", anchor="mean", lam=LAM, top_k=TOP_K, precision="fp32",
+                 patch_embed="learn", init="normal"):
         super().__init__()
         self.layers, self.reading, self.lam, self.top_k, self.precision = tuple(layers), reading, lam, top_k, precision
         self.teacher = teacher.requires_grad_(False).eval()
         self.student = ViT(**teacher.config)
+        if init == "xavier":
+            for module in self.student.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
         if pos_embed == "copy":
             self.student.pos_embed.data.copy_(teacher.pos_embed)
             self.student.pos_embed.requires_grad_(False)
+        if patch_embed == "copy":
+            self.student.patch_embed.load_state_dict(teacher.patch_embed.state_dict())
+            self.student.patch_embed.requires_grad_(False)
         self.anchor = Anchor(teacher.config["width"], anchor)
         self.register_buffer("delta", torch.tensor(float("nan")))
 
@@ -216,6 +226,16 @@ class Distillation(nn.Module):
                          score_a(t[last][:, 0], s[last][:, 0], self.anchor.value, self.reading)))
         parts["score_d"] = score_d(t, s, self.top_k, self.reading)
         return {"score": score(**parts), **parts}
+
+
+    @torch.no_grad()
+    def disagreement(self, images, t):
+        """Mean cosine distance of teacher and student over the tokens of each tapped layer, (B, layers), 0 to 2.
+
+        On normal images that were held out it says how far training has come, in the same unit for every reading, optimiser and length.
+        """
+        s = self.features(self.student, images)
+        return torch.stack([(1 - F.cosine_similarity(t[c], s[c], dim=-1)).mean(dim=1) for c in t], dim=1)
 
 
 class TeacherCache:

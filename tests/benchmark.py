@@ -11,6 +11,7 @@ step, a loop over layers, float32, eager, optimiser as it comes. What counts as 
 import argparse
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from itertools import combinations
@@ -25,8 +26,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "weights")]
 from convert import canonical  # noqa: E402
 from vit import ViT  # noqa: E402
 from vitad import LAYERS, Distillation, TeacherCache, anchor_loss, distill_loss, gram_loss, pick_device, total_loss  # noqa: E402
-
-HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 def synchronize(device):
@@ -125,26 +124,32 @@ class Ours:
         float(loss.detach())
 
 
-def memory_of_a_step(device, teacher, images):
-    """Peak bytes of a training step beyond weights, gradients, momentum and the teacher's features; None where the system does not tell."""
+def memory_of_a_step(device):
+    """Peak bytes of a training step of 4 images beyond weights, gradients, momentum and the teacher's features; for a process of its own."""
     def status(field):  # bytes, from the kernel's account of this process
         return 1024 * int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)))
 
-    try:
-        before = torch.cuda.memory_allocated() if "cuda" in device else status("VmRSS")
-        ours = Ours(teacher, images, device, 0.01)
-        ours.step(images)
-        if "cuda" in device:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        ours.step(images)
-        peak = torch.cuda.max_memory_allocated() if "cuda" in device else status("VmHWM")
-    except OSError:
-        return None
+    teacher, images = random_vit(device), random_images(4, device)
+    before = torch.cuda.memory_allocated() if "cuda" in device else status("VmRSS")
+    ours = Ours(teacher, images, device, 0.01)
+    ours.step(images)
+    if "cuda" in device:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    ours.step(images)
+    peak = torch.cuda.max_memory_allocated() if "cuda" in device else status("VmHWM")
     weights = sum(p.nbytes for p in ours.model.student.parameters())
     learnt = sum(p.nbytes for p in ours.parameters)  # as many bytes again for the gradients, and for the momentum
     return peak - before - weights - 2 * learnt - ours.cache.bytes
+
+
+def random_vit(device):
+    return ViT(mean=(0.5,) * 3, std=(0.5,) * 3).to(device).eval().requires_grad_(False)
+
+
+def random_images(count, device):
+    return torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8, device=device)
 
 
 def row(what, value, bound):
@@ -156,8 +161,11 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3, help="of the training steps; of the forwards five times as many (default 3)")
     parser.add_argument("--batch", type=int, default=32, help="the larger batch (default 32)")
+    parser.add_argument("--memory", action="store_true", help="print the peak memory of a training step in bytes, and nothing else")
     args = parser.parse_args()
     device = pick_device(args.device)
+    if args.memory:
+        return print(memory_of_a_step(device))
     on_gpu, repeats = "cuda" in device, args.repeats * (10 if "cuda" in device else 1)
     torch.manual_seed(0)
     name = torch.cuda.get_device_name(device) if on_gpu else f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
@@ -168,14 +176,12 @@ def main():
     rate = {dtype: matmul_rate(device, dtype, size) for dtype in (torch.float32, torch.bfloat16)}
     row(f"product of {size} x {size} matrices, float32 / bfloat16", " / ".join(f"{r / 1e12:.2f} TFLOP/s" for r in rate.values()), "")
 
-    teacher = ViT(**HALF).to(device).eval().requires_grad_(False)
-    images = {B: torch.randint(0, 256, (B, 3, 224, 224), dtype=torch.uint8, device=device) for B in (4, 8, args.batch)}
-    memory = memory_of_a_step(device, teacher, images[4])
+    memory = subprocess.run([sys.executable, __file__, "--memory", "--device", device], capture_output=True, text=True)
     row("peak memory of a training step, batch 4, beyond weights, gradients, momentum, teacher's features",
-        "unknown" if memory is None else f"{memory / 1e9:.2f} GB", "<= 2.5 GB")
+        "unknown" if memory.returncode else f"{int(memory.stdout) / 1e9:.2f} GB", "<= 2.5 GB")
 
     peers = {"torchvision": torchvision.models.vit_b_16().to(device).eval()}
-    ours = ViT(**HALF, classes=1000)
+    ours = ViT(classes=1000)
     ours.load_state_dict(canonical(peers["torchvision"].state_dict())[0])
     ours = ours.to(device).eval()
     try:
@@ -183,7 +189,7 @@ def main():
         peers["timm"] = timm.create_model("vit_base_patch16_224").to(device).eval()
     except ImportError:
         pass
-    x = teacher.prepare(images[8])
+    x = ours.prepare(random_images(8, device))
     with torch.inference_mode():
         torch.testing.assert_close(ours.classify(x), peers["torchvision"](x), rtol=1e-3, atol=1e-3)
         seconds = alternate(device, 5 * repeats, ours=lambda: ours.classify(x), **{name: lambda peer=peer: peer(x) for name, peer in peers.items()})
@@ -192,6 +198,8 @@ def main():
             "<= 1.00" if peer == "torchvision" else "")
     del peers, ours
 
+    teacher = random_vit(device)
+    images = {B: random_images(B, device) for B in (4, args.batch)}
     plain = Plain(teacher, 0.01)
     fp32, bf16 = (Ours(teacher, images[args.batch], device, 0.01, precision) for precision in ("fp32", "bf16"))
     steps = {"plain": plain, "fp32": fp32, "bf16": bf16}
@@ -210,7 +218,7 @@ def main():
     row(f"outside the networks (data, losses, log) in a step, batch {args.batch}, float32", f"{outside / seconds['fp32']:.1%}", "<= 8 %")
 
     B = 256 if on_gpu else args.batch
-    batch = torch.randint(0, 256, (B, 3, 224, 224), dtype=torch.uint8, device=device)
+    batch = random_images(B, device)
     for name, one in (("float32", fp32), ("bfloat16", bf16)):
         seconds = alternate(device, repeats, scores=lambda: one.model.scores(batch))["scores"]
         share = 2 * forward_flop(teacher, B) / seconds / rate[getattr(torch, name)]
