@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import json
 import math
+import os
 import platform
 import shlex
 import signal
@@ -87,6 +88,7 @@ class Settings:
     precision: str = option("fp32", "of the networks; losses and scores are float32 always", choices=["fp32", "tf32", "bf16"])
     compile: bool = option(False, "compile the student and the losses with torch.compile: minutes at the start, faster steps")
     checkpoint_every: float = option(60.0, "seconds from one checkpoint to the next; --resume continues from the last")
+    deterministic: bool = option(False, "on CUDA, algorithms that give the same bits every time; a CPU always does")
     cache: str = option(None, "where the teacher's features are kept; default the first with room", choices=["device", "host", "disk", "off"])
 
 
@@ -163,7 +165,7 @@ def is_complete(run, settings, existing):
     if existing == "overwrite" or not complete and not begun:
         return False
     then, now = read_config(run)["settings"], json.loads(json.dumps(dataclasses.asdict(settings)))  # tuples become lists, as in the file
-    free = ("out", "device", "compile", "cache", "checkpoint_every")  # what may differ: the numbers do not hang on them but for rounding
+    free = ("out", "device", "compile", "cache", "deterministic", "checkpoint_every")  # what may differ: the numbers do not hang on them but for rounding
     different = [f"{name} {then[name]} -> {now[name]}" for name in now if name not in free and then.get(name, now[name]) != now[name]]
     if different:
         raise ValueError(f"{run}: expected the settings of the run that is there, got {', '.join(different)}: "
@@ -313,12 +315,17 @@ def main(settings, existing):
     if not todo:
         return
 
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
+    import torch
+
     from vit import load_vit
     from vitad import pick_device
     from weights.download import weights_file
 
     with one_sentence():
         device = pick_device(settings.device, settings.precision)
+        torch.use_deterministic_algorithms(settings.deterministic)
         teacher = load_vit(weights_file(settings.weights))
         depth, patches = len(teacher.blocks), teacher.config["grid"] ** 2
         if settings.layers[-1] >= depth:
@@ -326,7 +333,11 @@ def main(settings, existing):
         if settings.top_k > patches:
             raise ValueError(f"--top-k: expected at most {patches}, the teacher's number of patches, got {settings.top_k}")
     for one in todo:
-        train(one, teacher, device, existing == "resume")
+        try:
+            train(one, teacher, device, existing == "resume")
+        except torch.OutOfMemoryError:
+            fail(f"{run_folder(one)}: expected a batch that fits the memory of {device}, got --batch-size {one.batch_size} with --precision "
+                 f"{one.precision}: try a smaller one, or bf16; the last checkpoint is kept")
 
 
 def train(settings, teacher, device, resume):
@@ -388,8 +399,9 @@ def train(settings, teacher, device, resume):
             with atomic(log) as temporary:
                 temporary.write_text("".join(lines))
         print(f"{run}: continues after step {step} of {steps}")
-        for _ in batches(order(1)[:step * settings.batch_size] if cache.where != "off" else order(1)[:0], settings.batch_size):
-            pass  # the features are kept as the first epoch computed them, in its batches, to the last bit
+        if cache.where != "off":
+            for _ in batches(order(1)[:step * settings.batch_size], settings.batch_size):
+                pass  # the features are kept as the first epoch computed them, in its batches, to the last bit
     stopped = catch_signals()
     with one_sentence(OSError), open(log, "a", buffering=1) as file:
         progress, saved = Progress(file, steps, step), time.monotonic()

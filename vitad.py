@@ -256,10 +256,10 @@ class TeacherCache:
         self.where = where or next(place for place in self.PLACES if self.bytes <= free_bytes(place, device, folder) / 2)
         self.known = torch.zeros(images, dtype=torch.bool)
         if self.where == "disk":
-            self.file = tempfile.NamedTemporaryFile(dir=folder, prefix="teacher.", suffix=".tmp")
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self.file.fileno(), 0, self.bytes)  # a full disk is an error here, and not a crash later
-            self.store = torch.from_file(self.file.name, shared=True, size=math.prod(shape), dtype=self.dtype).view(shape)
+            with tempfile.NamedTemporaryFile(dir=folder) as file:  # the mapping outlives the name, which is gone even if the run is killed
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, self.bytes)  # a full disk is an error here, and not a crash later
+                self.store = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=self.dtype).view(shape)
         elif self.where != "off":
             self.store = torch.empty(shape, dtype=self.dtype, device=device if self.where == "device" else "cpu")
 

@@ -66,7 +66,8 @@ def test_the_run_folder(world):
     assert config["settings"]["lr"] == 0.2 and config["settings"]["batch_size"] == 4 and config["settings"]["epochs"] == 2
     assert len(config["teacher"]["sha256"]) == 64 and config["versions"]["torch"] == torch.__version__ and "train.py" in config["command"]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["step"] == 4 and {"epoch", "lr", "loss", "distill", "anchor", "gram", "images_per_s"} <= set(log[-1])
+    assert log[-2]["step"] == 4 and {"epoch", "lr", "loss", "distill", "anchor", "gram", "images_per_s"} <= set(log[-2])
+    assert log[-1]["images"] == 6 and not log[-1]["held_out"] and log[-1]["score_d"]["std"] > 0 and log[-1]["delta"] > log[-1]["score"]["mean"]
     state = load_file(folder / "model.safetensors")
     assert state["anchor.count"] == 6 and state["delta"].isfinite() and not any(key.startswith("teacher") for key in state)
 
@@ -167,10 +168,11 @@ def test_every_option_trains_and_evaluates(world, tmp_path, options):
     assert settings["lr"] == (5e-4 if options.get("optimizer") == "adamw" else 0.2)
 
 
-def test_a_diverging_run_ends_in_one_sentence_and_keeps_the_last_good_epoch(world, tmp_path):
+def test_a_diverging_run_ends_in_one_sentence_and_keeps_the_last_checkpoint(world, tmp_path):
     shutil.copytree(world / "data" / "bottle", tmp_path / "own")  # as --dataset folder, so that no note comes before the sentence
-    process = run(TRAIN, *arguments(world, out=tmp_path, epochs=40, distance="mse", lr=1e6, warmup=1000, **OWN(tmp_path / "own")), cwd=world)
-    assert_one_sentence(process, "stopped being finite", "holds the last good epoch", "--clip-grad 1")
+    process = run(TRAIN, *arguments(world, out=tmp_path, epochs=40, distance="mse", lr=1e6, warmup=1000, **OWN(tmp_path / "own")),
+                  "--checkpoint-every", 0, cwd=world)
+    assert_one_sentence(process, "stopped being finite", "holds the last good step", "--clip-grad 1")
     folder = tmp_path / "folder/own/seed0"
     assert not (folder / "model.safetensors").exists()
     assert all(value.isfinite().all() for key, value in load_file(folder / "checkpoint.safetensors").items() if key != "delta")
@@ -279,7 +281,7 @@ def test_a_full_disk_is_one_sentence(world, tmp_path, limit, words):
     shutil.copytree(world / "data" / "bottle", tmp_path / "own")
     data_command = [sys.executable, "-c", f"import data; data.train_split('folder', {str(tmp_path / 'own')!r}, 'own')"]
     subprocess.run(data_command, cwd=ROOT, check=True)  # the cache is there: it is the run that finds the disk full
-    command = [sys.executable, TRAIN, *arguments(world, **OWN(tmp_path / "own"), out=tmp_path / "runs", epochs=1)]
+    command = [sys.executable, TRAIN, *arguments(world, **OWN(tmp_path / "own"), out=tmp_path / "runs", epochs=1), "--checkpoint-every", 0, "--cache", "off"]
     process = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True, text=True,
                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert_one_sentence(process, words)
