@@ -258,8 +258,10 @@ def catch_signals():
 
 
 def save_checkpoint(path, model, optimizer, step):
-    """All that the rest of the run depends on: student, anchor, the optimiser's state, step and random state. (The order of the images
-    depends on seed and epoch alone.)"""
+    """All that the rest of the run depends on: student, anchor, the optimiser's state, step and random state.
+
+    The order of the images is not in it: that depends on seed and epoch alone.
+    """
     import torch
 
     state = {f"optimizer.{i}.{name}": value for i, values in optimizer.state_dict()["state"].items()
@@ -352,12 +354,19 @@ def train(settings, teacher, device, resume):
     with one_sentence():
         images = train_split(settings.dataset, settings.data_root, settings.category, teacher.image_size).images
         run.mkdir(parents=True, exist_ok=True)
-        if resume and read_config(run)["teacher"]["sha256"] != teacher.sha256:
-            raise ValueError(f"{settings.weights}: expected the teacher that {run} was begun with, got another: --overwrite starts again with this one")
-        for name in () if resume else ("model.safetensors", "checkpoint.safetensors", "log.jsonl", "scores.csv", "result.json"):
-            (run / name).unlink(missing_ok=True)
-        config = {"settings": dataclasses.asdict(settings), "teacher": {"sha256": teacher.sha256, **teacher.metadata},
-                  "images": len(images), **provenance(device)}
+        for half_written in run.glob(".*.tmp"):  # what a killed run was at
+            half_written.unlink()
+        made_with = provenance(device)
+        if resume:
+            config = read_config(run)
+            if config["teacher"]["sha256"] != teacher.sha256:
+                raise ValueError(f"{settings.weights}: expected the teacher that {run} was begun with, got another: --overwrite starts again with this one")
+            config["resumed"] = [*config.get("resumed", []), made_with]
+        else:
+            for name in ("model.safetensors", "checkpoint.safetensors", "log.jsonl", "scores.csv", "result.json"):
+                (run / name).unlink(missing_ok=True)
+            config = {"settings": dataclasses.asdict(settings), "teacher": {"sha256": teacher.sha256, **teacher.metadata},
+                      "images": len(images), **made_with}
         with atomic(run / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=2) + "\n")
 
@@ -390,7 +399,7 @@ def train(settings, teacher, device, resume):
 
     steps_per_epoch = math.ceil(len(kept) / settings.batch_size)
     steps, step = settings.epochs * steps_per_epoch, 0
-    print(f"{run}: {len(kept)} normal images, {settings.epochs} epochs of {steps_per_epoch} steps, on {config['device']}, "
+    print(f"{run}: {len(kept)} normal images, {settings.epochs} epochs of {steps_per_epoch} steps, on {made_with['device']}, "
           f"teacher {teacher.metadata.get('name', settings.weights)}, its features ({cache.bytes / 1e6:,.0f} MB) kept: {cache.where}")
     if resume:
         with one_sentence():

@@ -80,6 +80,7 @@ def test_a_stopped_run_resumes_bit_for_bit(world, tmp_path, monkeypatch, options
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert sorted(path.name for path in resumed.iterdir()) == ["config.json", "log.jsonl", "model.safetensors"]
     assert steps_logged(resumed) == sorted({*steps_logged(whole), steps})
+    assert len(json.loads((resumed / "config.json").read_text())["resumed"]) == 1
 
 
 def test_the_checkpoint_decides_and_not_what_ran_before(world, tmp_path, monkeypatch):
@@ -165,6 +166,7 @@ def test_killed_twenty_times_and_still_the_same(world, tmp_path):
     process = run(TRAIN, *arguments(world, tmp_path / "killed", *options), "--resume")
     assert process.returncode == 0 and "continues after step" in process.stdout, process.stderr
     whole = tmp_path / "whole/folder/own/seed0"
+    assert not list(folder.glob(".*"))
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     logs = [[{key: value for key, value in json.loads(line).items() if key != "images_per_s"}
              for line in (path / "log.jsonl").read_text().splitlines()] for path in (whole, folder)]
