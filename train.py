@@ -13,6 +13,7 @@ The demo takes 45 seconds on 2 CPU cores, bottle with DeiT-Tiny 9 minutes. Only 
 import argparse
 import dataclasses
 import datetime
+import importlib.metadata
 import json
 import math
 import os
@@ -186,18 +187,15 @@ def learning_rate(step, steps, settings):
 
 def provenance(device):
     """What a run was made with: versions, device, command line, commit, date. Saved beside every result."""
-    import numpy
-    import safetensors
     import torch
-    import torchvision
 
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None  # a copy without git
-    versions = {module.__name__: module.__version__ for module in (torch, torchvision, numpy, safetensors)}
-    return {"versions": {"python": platform.python_version(), **versions},
+    versions = {name: importlib.metadata.version(name) for name in ("torchvision", "numpy", "safetensors")}
+    return {"versions": {"python": platform.python_version(), "torch": torch.__version__, **versions},
             "device": torch.cuda.get_device_name(device) if "cuda" in device else f"{device}, {torch.get_num_threads()} threads",
             "command": shlex.join(["python", *sys.argv]), "commit": commit,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -248,6 +249,34 @@ def test_own_pictures_in_a_folder(world, tmp_path):
     assert lines[0].startswith("folder: image AUROC") and lines[-1].split()[0] == "mean" and lines[-1].split()[2] == "n/a"  # no paper has it
     result = json.loads((tmp_path / "runs/folder/my_parts/seed0/result.json").read_text())
     assert result["category"] == "my parts" and result["paper_auroc"] is None and 0 <= result["auroc"] <= 100
+
+
+def test_images_held_out_measure_and_calibrate_and_teach_nothing(world, tmp_path):
+    """The same run on a folder without those images gives the same student; delta is that of the images held out."""
+    make_category(tmp_path / "all/own", train=10)
+    make_category(tmp_path / "rest/own", train=10)
+    held_out = torch.randperm(10, generator=torch.Generator().manual_seed(zlib.crc32(b"folder/own")))[:3].sort().values
+    for i in held_out:
+        (tmp_path / f"rest/own/train/good/{i:03d}.png").unlink()
+    for name, *options in (("all", "--holdout", 0.3), ("rest",)):
+        process = run(TRAIN, "--dataset", "folder", "--data-root", tmp_path / name / "own", "--weights", world / "teacher.safetensors", "--epochs", 2,
+                      "--out", tmp_path / name, *options)
+        assert process.returncode == 0, process.stderr
+    folders = [tmp_path / name / "folder/own/seed0" for name in ("all", "rest")]
+    all_, rest = (load_file(folder / "model.safetensors") for folder in folders)
+    assert all(torch.equal(value, rest[key]) for key, value in all_.items() if key != "delta") and all_["delta"] != rest["delta"]
+    lines = [json.loads(line) for line in (folders[0] / "log.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "held_out_mean" in line]
+    assert [line["epoch"] for line in measured] == [1, 2] and lines[-1]["images"] == 3 and lines[-1]["held_out"] is True
+
+    model = Distillation(load_vit(world / "teacher.safetensors"))
+    model.load_learned_state(all_)
+    images = data.train_split("folder", tmp_path / "all/own", "own").images[held_out]
+    with torch.no_grad():
+        t, s = model.teach(images), model.features(model.student, images)
+    expected = [(1 - (t[c] * s[c]).sum(-1) / (t[c].norm(dim=-1) * s[c].norm(dim=-1))).mean().item() for c in t]
+    assert measured[-1]["held_out"] == pytest.approx(expected, rel=1e-4)
+    assert measured[-1]["held_out_mean"] == pytest.approx(sum(expected) / 4, rel=1e-4)
 
 
 def test_a_test_split_of_one_class_only_still_gives_scores(world, tmp_path):
