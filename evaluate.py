@@ -98,7 +98,6 @@ def of_one_kind(item):
 
 def evaluate(runs, args, device, teachers):
     """Score the test split of runs of one kind, [(run, config)]; write their scores.csv and result.json; -> their results."""
-    import numpy as np
     import torch
 
     from vitad import pick_device
