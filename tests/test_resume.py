@@ -13,7 +13,6 @@ from conftest import ROOT, assert_one_sentence, make_category, run, save_vit, ti
 from safetensors.torch import load_file
 
 import train
-import vitad
 
 TRAIN = ROOT / "train.py"
 
