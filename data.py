@@ -45,7 +45,8 @@ FINE = [group.split() for group in """
     bee beetle butterfly caterpillar cockroach, bear leopard lion tiger wolf, bridge castle house road skyscraper,
     cloud forest mountain plain sea, camel cattle chimpanzee elephant kangaroo, fox porcupine possum raccoon skunk,
     crab lobster snail spider worm, baby boy girl man woman, crocodile dinosaur lizard snake turtle, hamster mouse rabbit shrew squirrel,
-    maple_tree oak_tree palm_tree pine_tree willow_tree, bicycle bus motorcycle pickup_truck train, lawn_mower rocket streetcar tank tractor""".split(",")]
+    maple_tree oak_tree palm_tree pine_tree willow_tree, bicycle bus motorcycle pickup_truck train, lawn_mower rocket streetcar tank tractor
+    """.split(",")]
 # MVTec AD's own counts: train/good, test/good, test/<every other kind>.
 MVTEC_COUNTS = {"bottle": (209, 20, 63), "cable": (224, 58, 92), "capsule": (219, 23, 109), "carpet": (280, 28, 89), "grid": (264, 21, 57),
                 "hazelnut": (391, 40, 70), "leather": (245, 32, 92), "metal_nut": (220, 22, 93), "pill": (267, 26, 141),

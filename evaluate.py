@@ -116,8 +116,8 @@ def evaluate(runs, args, device, teachers):
         t = models[0].teach(images)
         for part, model in zip(parts, models):
             part.append(model.scores(images, t))
-    return [write(run, config, float(model.delta), split, {name: torch.cat([batch[name] for batch in part]).cpu().numpy() for name in part[0]}, device)
-            for (run, config), model, split, part in zip(runs, models, splits, parts)]
+    scores = [{name: torch.cat([batch[name] for batch in part]).cpu().numpy() for name in part[0]} for part in parts]
+    return [write(run, config, float(model.delta), split, own, device) for (run, config), model, split, own in zip(runs, models, splits, scores)]
 
 
 def write(run, config, delta, split, scores, device):

@@ -112,8 +112,8 @@ def parse(argv):
         kind = {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata.get("choices")}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=help, **kind)
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", dest="existing", action="store_const", const="resume", help="continue an unfinished run from its last checkpoint")
-    existing.add_argument("--overwrite", dest="existing", action="store_const", const="overwrite", help="start again where a run exists already")
+    for name, help in (("resume", "continue an unfinished run from its last checkpoint"), ("overwrite", "start again where a run exists already")):
+        existing.add_argument(f"--{name}", dest="existing", action="store_const", const=name, help=help)
     arguments = vars(parser.parse_args(argv))
     existing = arguments.pop("existing")
     for name, value in PER_DATASET[arguments["dataset"]].items():
@@ -127,7 +127,8 @@ def parse(argv):
     for names, words, holds in (("epochs batch_size top_k", "at least 1", lambda value: value >= 1),
                                 ("lr", "more than 0", lambda value: 0 < value < math.inf),
                                 ("holdout", "0 or more and below 1", lambda value: 0 <= value < 1),
-                                ("momentum weight_decay warmup clip_grad lam seed checkpoint_every", "0 or more", lambda value: 0 <= value < math.inf)):
+                                ("momentum weight_decay warmup clip_grad lam seed checkpoint_every", "0 or more",
+                                 lambda value: 0 <= value < math.inf)):
         for name in names.split():
             if not holds(arguments[name]):
                 fail(f"--{name.replace('_', '-')}: expected {words}, got {arguments[name]}")
@@ -166,7 +167,7 @@ def is_complete(run, settings, existing):
     if existing == "overwrite" or not complete and not begun:
         return False
     then, now = read_config(run)["settings"], json.loads(json.dumps(dataclasses.asdict(settings)))  # tuples become lists, as in the file
-    free = ("out", "device", "compile", "cache", "deterministic", "checkpoint_every")  # what may differ: the numbers do not hang on them but for rounding
+    free = ("out", "device", "compile", "cache", "deterministic", "checkpoint_every")  # may differ: they change roundings at most
     different = [f"{name} {then[name]} -> {now[name]}" for name in now if name not in free and then.get(name, now[name]) != now[name]]
     if different:
         raise ValueError(f"{run}: expected the settings of the run that is there, got {', '.join(different)}: "
@@ -229,10 +230,6 @@ class Progress:
             print(line, flush=True)
         self.sums, self.images, self.count, self.last = {}, 0, 0, now
         return math.isfinite(sum(means.values()))
-
-    def held_out(self, epoch, step, distances):
-        """Log the mean cosine distance to the teacher on the images held out, per tapped layer."""
-        self.file.write(json.dumps({"epoch": epoch, "step": step, "held_out": distances, "held_out_mean": sum(distances) / len(distances)}) + "\n")
 
 
 def diverged(run, epoch, step):
@@ -358,7 +355,7 @@ def train(settings, teacher, device, resume):
         if resume:
             config = read_config(run)
             if config["teacher"]["sha256"] != teacher.sha256:
-                raise ValueError(f"{settings.weights}: expected the teacher that {run} was begun with, got another: --overwrite starts again with this one")
+                raise ValueError(f"{settings.weights}: expected the teacher that {run} was begun with, got another: --overwrite starts again")
             config["resumed"] = [*config.get("resumed", []), made_with]
         else:
             for name in ("model.safetensors", "checkpoint.safetensors", "log.jsonl", "scores.csv", "result.json"):
@@ -435,7 +432,9 @@ def train(settings, teacher, device, resume):
                 if not progress.log(epoch, step, lr, epoch_ends) or (due or step == steps) and not all(p.isfinite().all() for p in parameters):
                     diverged(run, epoch, step)
                 if epoch_ends and len(held_out):
-                    progress.held_out(epoch, step, torch.cat([model.disagreement(x, t) for x, t in batches(held_out, EVAL_BATCH)]).mean(dim=0).tolist())
+                    distances = torch.cat([model.disagreement(x, t) for x, t in batches(held_out, EVAL_BATCH)]).mean(dim=0)
+                    file.write(json.dumps({"epoch": epoch, "step": step, "held_out": distances.tolist(),
+                                           "held_out_mean": distances.mean().item()}) + "\n")
                 if due:
                     save_checkpoint(checkpoint, model, optimizer, step)
                     saved = time.monotonic()

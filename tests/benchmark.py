@@ -210,7 +210,8 @@ def main():
         flop = 3 * forward_flop(teacher, B)
         for name in list(steps)[1:]:
             bound = {"fp32": "<= 0.78", "bf16": "<= 0.50 on a CPU"}.get(name, "<= 0.25 at batch 4")
-            row(f"training step, batch {B}, {name} / plain float32", f"{seconds[name]:.3f} s / {seconds['plain']:.3f} s = {seconds[name] / seconds['plain']:.3f}", bound)
+            row(f"training step, batch {B}, {name} / plain float32",
+                f"{seconds[name]:.3f} s / {seconds['plain']:.3f} s = {seconds[name] / seconds['plain']:.3f}", bound)
             dtype = torch.float32 if name == "fp32" else torch.bfloat16
             row(f"the same, {flop / B / 1e9:.0f} GFLOP an image, share of the {name[:4]} product's rate", f"{flop / seconds[name] / rate[dtype]:.0%}",
                 {"fp32": ">= 65 % at batch 32 on a CPU", "bf16": "", "bf16 compiled": ">= 45 % at batch 32"}[name])
@@ -222,7 +223,8 @@ def main():
     for name, one in (("float32", fp32), ("bfloat16", bf16)):
         seconds = alternate(device, repeats, scores=lambda: one.model.scores(batch))["scores"]
         share = 2 * forward_flop(teacher, B) / seconds / rate[getattr(torch, name)]
-        row(f"scoring, batch {B}, {name}", f"{B / seconds:.1f} images/s, {share:.0%} of the product's rate", ">= 55 % in bfloat16 on a GPU" if name == "bfloat16" else "")
+        row(f"scoring, batch {B}, {name}", f"{B / seconds:.1f} images/s, {share:.0%} of the product's rate",
+            ">= 55 % on a GPU" if name == "bfloat16" else "")
 
 
 if __name__ == "__main__":
