@@ -8,7 +8,7 @@
 
 A run writes runs/<dataset>/<category>/seed<seed>/: model.safetensors (student, anchor, delta; the teacher is named by sha256 in
 config.json), config.json (settings, versions, device, command) and log.jsonl (one line every ten steps). `python evaluate.py` scores it.
-The demo takes 45 seconds on 2 CPU cores, bottle with DeiT-Tiny 9 minutes. Only normal training images are ever read. The last epoch is the result.
+The demo takes half a minute on 2 CPU cores, bottle with DeiT-Tiny 7 minutes. Only normal training images are ever read. The last epoch is the result.
 """
 import argparse
 import dataclasses
