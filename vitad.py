@@ -202,7 +202,7 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def teach(self, images):
-        """uint8 images (B, 3, s, s) -> t, the teacher's features; nothing is learnt from them later than here, so they may be kept."""
+        """uint8 images (B, 3, s, s) -> t, the teacher's features, without gradient; an image's never change, so they may be kept."""
         return self.features(self.teacher, images)
 
     def update_anchor(self, t):
