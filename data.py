@@ -11,47 +11,24 @@ A split is one uint8 tensor. Small images stay small (32 x 32); larger ones are 
 antialiased; the paper's "all images are enlarged or reduced to 224 x 224"), and kept in a memory-mapped cache. What is left, enlarging and
 normalising, happens on the device (`ViT.prepare`). Nothing here imports torch at import time: wrong arguments are answered at once.
 """
-import contextlib
 import difflib
 import hashlib
+import io
+import json
+import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# The categories of each protocol, in the order of the paper's table, with the paper's image AUROC (Tables 1 to 4, row "ours").
-PAPER_AUROC = {
-    "cifar10": dict(zip("airplane automobile bird cat deer dog frog horse ship truck".split(),
-                        (97.3, 98.4, 94.5, 92.8, 97.5, 94.7, 95.7, 98.8, 96.6, 97.0))),
-    "cifar100": dict(zip((
-        "aquatic mammals", "fish", "flowers", "food containers", "fruit and vegetables", "household electrical devices",
-        "household furniture", "insects", "large carnivores", "large man-made outdoor things", "large natural outdoor scenes",
-        "large omnivores and herbivores", "medium-sized mammals", "non-insect invertebrates", "people", "reptiles", "small mammals",
-        "trees", "vehicles 1", "vehicles 2"),
-        (92.8, 90.4, 83.2, 87.0, 92.2, 86.5, 88.9, 90.3, 88.2, 89.1, 94.4, 88.7, 88.2, 87.1, 90.9, 87.9, 88.0, 92.4, 89.2, 82.6))),
-    "fashion_mnist": {"T-shirt/top": 93.0, "Trouser": 99.6, "Pullover": 92.2, "Dress": 94.9, "Coat": 92.0, "Sandal": 97.4, "Shirt": 84.5,
-                      "Sneaker": 98.72, "Bag": 97.2, "Ankle boot": 98.2},
-    "mvtec": {"bottle": 100.0, "hazelnut": 96.4, "capsule": 77.7, "metal_nut": 95.1, "leather": 97.9, "pill": 88.1, "wood": 96.0,
-              "carpet": 81.3, "tile": 99.1, "grid": 71.7, "cable": 92.5, "transistor": 88.4, "toothbrush": 95.8, "screw": 95.0,
-              "zipper": 81.0},
-    "demo": {"washer": None},
-    "folder": {},
-}
-# CIFAR-100's fine classes by superclass, in the order above; the paper's runs 0 to 19.
-FINE = [group.split() for group in """
-    beaver dolphin otter seal whale, aquarium_fish flatfish ray shark trout, orchid poppy rose sunflower tulip, bottle bowl can cup plate,
-    apple mushroom orange pear sweet_pepper, clock keyboard lamp telephone television, bed chair couch table wardrobe,
-    bee beetle butterfly caterpillar cockroach, bear leopard lion tiger wolf, bridge castle house road skyscraper,
-    cloud forest mountain plain sea, camel cattle chimpanzee elephant kangaroo, fox porcupine possum raccoon skunk,
-    crab lobster snail spider worm, baby boy girl man woman, crocodile dinosaur lizard snake turtle, hamster mouse rabbit shrew squirrel,
-    maple_tree oak_tree palm_tree pine_tree willow_tree, bicycle bus motorcycle pickup_truck train, lawn_mower rocket streetcar tank tractor
-    """.split(",")]
-# MVTec AD's own counts: train/good, test/good, test/<every other kind>.
-MVTEC_COUNTS = {"bottle": (209, 20, 63), "cable": (224, 58, 92), "capsule": (219, 23, 109), "carpet": (280, 28, 89), "grid": (264, 21, 57),
-                "hazelnut": (391, 40, 70), "leather": (245, 32, 92), "metal_nut": (220, 22, 93), "pill": (267, 26, 141),
-                "screw": (320, 41, 119), "tile": (230, 33, 84), "toothbrush": (60, 12, 30), "transistor": (213, 60, 40),
-                "wood": (247, 19, 60), "zipper": (240, 32, 119)}
+from weights.files import atomic
+
+# The categories of each protocol, in the order of the paper's table: the paper's image AUROC (Tables 1 to 4, row "ours"), CIFAR-100's classes of
+# each superclass, MVTec AD's own counts of train/good, test/good and test/<every other kind>.
+PROTOCOLS = json.loads((Path(__file__).parent / "results" / "protocols.json").read_text())
+PAPER_AUROC = {dataset: {category: facts["paper_auroc"] for category, facts in categories.items()} for dataset, categories in PROTOCOLS.items()}
+PAPER_AUROC |= {"demo": {"washer": None}, "folder": {}}
 # Images per class in the official train and test files, and the class of torchvision that reads those.
 SMALL = {"cifar10": (5000, 1000, "CIFAR10"), "cifar100": (500, 100, "CIFAR100"), "fashion_mnist": (6000, 1000, "FashionMNIST")}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
@@ -65,7 +42,8 @@ class Split:
     labels: list
     names: list
     skipped: list = field(default_factory=list)  # files that do not decode, where the caller allowed that
-    masks: "torch.Tensor" = None  # uint8 (N, s, s), 1 where an image is anomalous; of the demo
+    masks: "torch.Tensor" = None  # uint8 (N, S, S), 1 where an image is anomalous, if that is known
+    files: list = None  # of pictures that are kept smaller than they are
 
 
 def slug(name):
@@ -115,7 +93,6 @@ def test_split(dataset, root, category, size=224, skip_bad=False):
     if not kinds:
         raise ValueError(f"{folder / 'test'}: expected folders of test images, good and one per kind of defect, got none")
     paths = [path for kind in kinds for path in images_in(kind)]
-    check_masks(folder, paths)
     skipped = {path: why for path in paths if (why := unreadable(path))} if skip_bad else {}
     paths = [path for path in paths if path not in skipped]
     if not paths:
@@ -123,15 +100,16 @@ def test_split(dataset, root, category, size=224, skip_bad=False):
     labels = [int(path.parent.name != "good") for path in paths]
     compare_counts(dataset, category, {"test/good": labels.count(0), "test/<defects>": labels.count(1)})
     images, names = decode(folder, paths, size)
-    return Split(images, labels, names, list(skipped.values()))
+    return Split(images, labels, names, list(skipped.values()), read_masks(folder, paths, size), paths)
 
 
 # ------------------------------------------------------------------------------- CIFAR-10, CIFAR-100, Fashion-MNIST
 
 def small_split(dataset, root, category, train):
     """Training: the images of the normal class or superclass. Test: those of every class, labelled by whether theirs is normal."""
-    known = list(PAPER_AUROC[dataset])
-    classes, normal = (sorted(sum(FINE, [])), FINE[known.index(category)]) if dataset == "cifar100" else (known, [category])
+    classes, normal = list(PROTOCOLS[dataset]), [category]
+    if dataset == "cifar100":  # its classes are the superclasses' members, five each
+        classes, normal = sorted(sum((facts["classes"] for facts in PROTOCOLS[dataset].values()), [])), PROTOCOLS[dataset][category]["classes"]
     part, wanted = ("train", normal) if train else ("test", classes)
     folder = Path(root) / dataset
     if folder.is_dir():
@@ -189,15 +167,26 @@ def images_in(folder):
     return paths
 
 
-def check_masks(folder, paths):
-    """Where there is a ground_truth folder: every defective image has a mask of its size, found by its name; ValueError if not."""
-    if (folder / "ground_truth").is_dir():
-        for path in (path for path in paths if path.parent.name != "good"):
-            mask = folder / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
-            expected, got = image_size(path), image_size(mask)
-            if expected and got != expected:  # an image that does not open is reported by who decodes it
-                raise ValueError(f"{mask}: expected the mask of {path.parent.name}/{path.name}, {expected}, got {got or 'none that opens'}: "
+def read_masks(folder, paths, size):
+    """Where there is a ground_truth folder: uint8 (N, size, size), 1 where an image is defective, each mask found by its image's name and of its size;
+    ValueError if not. Without the folder: None.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    if not (folder / "ground_truth").is_dir():
+        return None
+    masks = np.zeros((len(paths), size, size), dtype=np.uint8)
+    for mask, path in zip(masks, paths):
+        if path.parent.name != "good":
+            file = folder / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
+            expected, got = image_size(path), image_size(file)
+            if got != expected:
+                raise ValueError(f"{file}: expected the mask of {path.parent.name}/{path.name}, {expected}, got {got or 'none that opens'}: "
                                  f"replace it, or remove ground_truth")
+            mask[:] = np.asarray(Image.open(file).convert("L").resize((size, size), Image.Resampling.NEAREST)) > 0
+    return torch.from_numpy(masks)
 
 
 def image_size(path):
@@ -214,9 +203,8 @@ def image_size(path):
 def compare_counts(dataset, category, counts):
     """One line on stderr where an MVTec AD category has other counts than the official one."""
     if dataset == "mvtec":
-        official = dict(zip(("train/good", "test/good", "test/<defects>"), MVTEC_COUNTS[category]))
-        other = [f"{kind} {count} (official {official[kind]})" for kind, count in counts.items() if count != official[kind]]
-        if other:
+        official = dict(zip(("train/good", "test/good", "test/<defects>"), PROTOCOLS[dataset][category]["images"]))
+        if other := [f"{kind} {count} (official {official[kind]})" for kind, count in counts.items() if count != official[kind]]:
             print(f"note: {category} is not the official one: {', '.join(other)} images", file=sys.stderr)
 
 
@@ -279,27 +267,19 @@ def decode(folder, paths, size):
         with ThreadPoolExecutor() as pool:
             yield from pool.map(one, paths)
 
-    if not is_whole(cache, shape):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    if not cache.is_file() or cache.stat().st_size != header.tell() + math.prod(shape):  # absent, or cut short by something else
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             with atomic(cache) as temporary, open(temporary, "wb") as file:
-                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                file.write(header.getvalue())
                 for image in images():
                     file.write(image)
         except OSError as error:
             print(f"note: no cache at {cache.parent} ({error.strerror}): the images stay in memory", file=sys.stderr)
             return torch.from_numpy(np.stack(list(images()))), names
     return torch.from_numpy(np.load(cache, mmap_mode="c")), names
-
-
-def is_whole(cache, shape):
-    """Whether the file holds an array of this shape, to its last byte."""
-    import numpy as np
-
-    try:
-        return np.load(cache, mmap_mode="r").shape == shape
-    except (OSError, ValueError, EOFError):  # absent; cut short, or something else; empty
-        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------- demo
@@ -358,38 +338,3 @@ def washers(train):
     names = [f"{part}/{kind}/{i:03}" for kind, count in kinds.items() for i in range(count)]
     images, masks = zip(*(washer(rng, name.split("/")[1]) for name in names))
     return Split(torch.from_numpy(np.stack(images)), [int(mask.any()) for mask in masks], names, masks=torch.from_numpy(np.stack(masks)))
-
-
-# ------------------------------------------------------------------------------------------------- files and messages
-
-@contextlib.contextmanager
-def atomic(path):
-    """Yield a temporary name beside `path`; rename it to `path` when the block ends, remove it when the block fails."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would leave a file that only its owner reads
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = str(path)  # a write that fails does not know whose it was
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def one_sentence(*kinds):
-    """What a user can mend (ValueError and OSError, or the `kinds` named) ends as one sentence and exit code 2, without traceback."""
-    try:
-        yield
-    except kinds or (ValueError, OSError) as error:
-        fail(f"{error.filename or 'writing'}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error)
-
-
-def fail(message):
-    """One sentence on stderr, exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)

@@ -218,3 +218,15 @@ def load_vit(path):
     vit.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, strict=True, assign=True)
     vit.metadata, vit.sha256 = metadata, sha256(path)
     return vit.eval()
+
+
+def pick_device(name, precision="fp32"):
+    """--device as torch names it; None: cuda where there is one, else cpu. Products of matrices are exact float32 unless `precision` is tf32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch: an unknown name, or a device that this machine or build lacks
+        raise ValueError(f"--device: expected a device that torch can use here, got {name!r} ({str(error).splitlines()[0]})") from None
+    return name

@@ -12,19 +12,21 @@ import os
 import shutil
 import tempfile
 from itertools import combinations
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
-from vit import ViT
+from vit import ViT, load_vit, pick_device
+from weights.download import weights_file
+from weights.files import read_config
 
 LAYERS = (3, 6, 9, 11)  # group_c of section 4.1, counted from 0: Eq. 4 counts c from 0 to M - 1
 TOP_K = 20  # k of Eq. 9, section 4.1
 LAM = 1.0  # lambda of Eq. 6, section 4.1
-READINGS = ("unit", "l2", "mse")  # of the norm in Eqs. 2, 3, 5, 7 and 8
-ANCHORS = ("mean", "ema")
-POS_EMBEDS = ("copy", "learn")
 
 
 def distance(x, y, reading="unit"):
@@ -135,18 +137,21 @@ def diff(t, s, reading="unit"):
     return distance(t, s, reading) + 1 - F.cosine_similarity(t, s, dim=-1)
 
 
-def score_d(t, s, top_k=TOP_K, reading="unit"):
-    """Eq. 9: S_D = sum_c ( Diff_c,cls + AvgTopk_p(Diff_c) ), the mean of the k largest over the patch tokens p of each layer -> (B,)."""
-    total = 0
-    for c in t:
-        d = diff(t[c], s[c], reading)  # (B, 1 + P)
-        total = total + d[:, 0] + d[:, 1:].topk(top_k, dim=1).values.mean(dim=1)
-    return total
+def score_d(d, top_k=TOP_K):
+    """Eq. 9: S_D = sum_c ( Diff_c,cls + AvgTopk_p(Diff_c) ), the mean of the k largest over the patch tokens p of each layer -> its two terms
+    apart, (B,) each; d = {c: Diff_c of Eq. 8, (B, 1 + P)}.
+    """
+    return sum(x[:, 0] for x in d.values()), sum(x[:, 1:].topk(top_k, dim=1).values.mean(dim=1) for x in d.values())
 
 
 def score(score_d, score_a_teacher, score_a_student):
     """Eq. 10: Score = S_D + S_A, (B,); an image is anomalous iff Score >= delta."""
     return score_d + score_a_teacher + score_a_student
+
+
+def heat(d):
+    """Where the score comes from: Diff of Eq. 8 summed over the tapped layers, of each patch -> (B, P). The paper scores whole images only."""
+    return sum(x[:, 1:] for x in d.values())
 
 
 def calibrate(normal_scores, quantile=0.99):
@@ -160,33 +165,25 @@ class Distillation(nn.Module):
     teacher: a ViT, frozen here. The student has its architecture (without head) and random weights, drawn from torch's generator.
     layers: the tapped blocks, ascending; the last one is c of the anchor. reading: of the norm, see `distance`.
     pos_embed: "copy" takes the teacher's position embedding and freezes it, strategy 2 of Fig. 7, the method's; "learn" is strategy 1.
-    patch_embed: the same choice for the patch projection. init: the student's linear layers start "normal", with deviation 0.02, or "xavier",
-    which is about the same at a width of 768 and grows as the width shrinks.
     precision: "bf16" runs both networks under autocast, master weights in float32; losses and scores are float32 always.
-    delta: the threshold of Eq. 10, NaN until calibrated.
+    delta: the threshold of Eq. 10. heat_scale: of normal images, the usual heat of a patch and the heat that the hottest patch of 99 % of them stays
+    below. Both come from normal images, in `calibrate`, and are NaN before.
     """
 
-    def __init__(self, teacher, layers=LAYERS, reading="unit", pos_embed="copy", anchor="mean", lam=LAM, top_k=TOP_K, precision="fp32",
-                 patch_embed="learn", init="normal"):
+    def __init__(self, teacher, layers=LAYERS, reading="unit", pos_embed="copy", anchor="mean", lam=LAM, top_k=TOP_K, precision="fp32"):
         super().__init__()
         self.layers, self.reading, self.lam, self.top_k, self.precision = tuple(layers), reading, lam, top_k, precision
         self.teacher = teacher.requires_grad_(False).eval()
         self.student = ViT(**teacher.config)
-        if init == "xavier":
-            for module in self.student.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.xavier_uniform_(module.weight)
         if pos_embed == "copy":
             self.student.pos_embed.data.copy_(teacher.pos_embed)
             self.student.pos_embed.requires_grad_(False)
-        if patch_embed == "copy":
-            self.student.patch_embed.load_state_dict(teacher.patch_embed.state_dict())
-            self.student.patch_embed.requires_grad_(False)
         self.anchor = Anchor(teacher.config["width"], anchor)
-        self.register_buffer("delta", torch.tensor(float("nan")))
+        self.register_buffer("delta", torch.tensor(math.nan))
+        self.register_buffer("heat_scale", torch.full((2,), math.nan))
 
     def learned_state(self):
-        """What training made, and scoring needs besides the teacher: the tensors of student, anchor and delta."""
+        """What training made, and scoring needs besides the teacher: the tensors of student, anchor, delta and heat_scale."""
         return {key: value for key, value in self.state_dict().items() if not key.startswith("teacher.")}
 
     def load_learned_state(self, state):
@@ -219,23 +216,61 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def scores(self, images, t=None):
-        """Eq. 10 and what it is made of: {"score", "score_d", "score_a_teacher", "score_a_student"}, (B,) each; t = teach(images) if known."""
+        """uint8 images (B, 3, s, s) -> "score" of Eq. 10 and what it is made of: "score_d", "score_a_teacher", "score_a_student", and "score_d_cls", the
+        class tokens' share of score_d, (B,) each; and "heat" of each patch, (B, P). t = teach(images), if known.
+        """
         t = self.teach(images) if t is None else t
         s, last = self.features(self.student, images), self.layers[-1]
-        parts = dict(zip(("score_a_teacher", "score_a_student"),
-                         score_a(t[last][:, 0], s[last][:, 0], self.anchor.value, self.reading)))
-        parts["score_d"] = score_d(t, s, self.top_k, self.reading)
-        return {"score": score(**parts), **parts}
+        d = {c: diff(t[c], s[c], self.reading) for c in t}
+        cls, patches = score_d(d, self.top_k)
+        of_teacher, of_student = score_a(t[last][:, 0], s[last][:, 0], self.anchor.value, self.reading)
+        parts = {"score_d": cls + patches, "score_a_teacher": of_teacher, "score_a_student": of_student}
+        return {"score": score(**parts), **parts, "score_d_cls": cls, "heat": heat(d)}
 
+    def calibrate(self, scores):
+        """Set delta and heat_scale from `scores` of normal images."""
+        self.delta.copy_(calibrate(scores["score"]))
+        self.heat_scale.copy_(torch.stack([scores["heat"].median(), calibrate(scores["heat"].amax(dim=1))]))
 
     @torch.no_grad()
-    def disagreement(self, images, t):
-        """Mean cosine distance of teacher and student over the tokens of each tapped layer, (B, layers), 0 to 2.
+    def yardstick(self, batches):
+        """How far training has come, from normal images held out, [(images, t), ...]: two distances to the teacher, (layers,) each.
 
-        On normal images that were held out it says how far training has come, in the same unit for every reading, optimiser and length.
+        Mean cosine distances over the tokens of each tapped layer, 0 to 2, in the same unit for every reading, optimiser and length. First of the
+        student; then of the layout, the mean token of each position, which knows what is where and does not look at the image: 1 - R, where R^2 is
+        the mean cosine of the tokens at one position in two different images. A student has converged when it is nearer than that at every layer.
         """
-        s = self.features(self.student, images)
-        return torch.stack([(1 - F.cosine_similarity(t[c], s[c], dim=-1)).mean(dim=1) for c in t], dim=1)
+        student, tokens, n = 0, dict.fromkeys(self.layers, 0), 0
+        for images, t in batches:
+            s, n = self.features(self.student, images), n + len(images)
+            student = student + torch.stack([(1 - F.cosine_similarity(t[c], s[c], dim=-1)).mean(dim=1).sum() for c in t])
+            tokens = {c: tokens[c] + F.normalize(t[c], dim=-1).sum(dim=0) for c in t}  # (T, D)
+        cosines = torch.stack([(x.square().sum(dim=-1) - n) / max(n * (n - 1), 1) for x in tokens.values()])  # (layers, T), of two images
+        return student / n, (1 - cosines.clamp(min=0).sqrt()).mean(dim=1)
+
+
+def load(run, weights=None, device=None, precision=None, teachers=None):
+    """The trained model of a run folder, ready to score: load(run).scores(images).
+
+    weights: the teacher's file, if not where training found it. device, precision: None takes cuda where there is one, and the run's. teachers: a
+    dict that keeps those loaded, by path, from call to call. ValueError or OSError if something is missing or does not fit.
+    """
+    config = read_config(run)
+    settings, expected = config["settings"], config["teacher"]["sha256"]
+    path, teachers = weights_file(weights or settings["weights"]), {} if teachers is None else teachers
+    if path not in teachers:
+        teachers[path] = load_vit(path)
+    if teachers[path].sha256 != expected:
+        raise ValueError(f"{path}: expected the teacher that {run} was trained with, sha256 {expected[:12]}..., "
+                         f"got {teachers[path].sha256[:12]}...: name the right file with --weights")
+    model = Distillation(teachers[path], settings["layers"], settings["distance"], settings["pos_embed"], settings["anchor"],
+                         settings["lam"], settings["top_k"], precision or settings.get("precision", "fp32"))
+    try:
+        model.load_learned_state(load_file(Path(run) / "model.safetensors"))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{Path(run) / 'model.safetensors'}: expected the student, anchor and delta of this run, got a file that does not fit "
+                         f"({str(error).splitlines()[0]}): train the run again") from None
+    return model.to(pick_device(device, model.precision))
 
 
 class TeacherCache:
@@ -283,15 +318,3 @@ def free_bytes(place, device, folder=None):
         known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ())
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 8 << 30
     return shutil.disk_usage(folder).free if place == "disk" else math.inf
-
-
-def pick_device(name, precision="fp32"):
-    """--device as torch names it; None: cuda where there is one, else cpu. Products of matrices are exact float32 unless `precision` is tf32."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch: an unknown name, or a device that this machine or build lacks
-        raise ValueError(f"--device: expected a device that torch can use here, got {name!r} ({str(error).splitlines()[0]})") from None
-    return name

@@ -11,6 +11,8 @@ from PIL import Image
 
 import data
 
+FINE = [facts["classes"] for facts in data.PROTOCOLS["cifar100"].values()]
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
@@ -51,8 +53,8 @@ def test_counts_other_than_the_official_ones_are_said_in_one_line(tmp_path, caps
     make_category(tmp_path / "bottle", train=3)
     data.train_split("mvtec", tmp_path, "bottle")
     assert capsys.readouterr().err == "note: bottle is not the official one: train/good 3 (official 209) images\n"
-    assert np.sum(list(data.MVTEC_COUNTS.values()), axis=0).tolist() == [3629, 467, 1258]  # as the data set's paper counts them
-    assert set(data.MVTEC_COUNTS) == set(data.PAPER_AUROC["mvtec"])
+    counts = [facts["images"] for facts in data.PROTOCOLS["mvtec"].values()]
+    assert np.sum(counts, axis=0).tolist() == [3629, 467, 1258]  # as the data set's paper counts them
 
 
 @pytest.mark.parametrize("category, train, good, bad", [("bottle", 209, 20, 63), ("pill", 267, 26, 141)])
@@ -235,7 +237,7 @@ def test_cifar10_from_folders(tmp_path, small_counts):
 
 
 def test_cifar100_from_folders_takes_a_superclass(tmp_path, small_counts):
-    make_classes(tmp_path, "cifar100", sorted(sum(data.FINE, [])))
+    make_classes(tmp_path, "cifar100", sorted(sum(FINE, [])))
     train, test = (split("cifar100", tmp_path, "trees") for split in (data.train_split, data.test_split))
     assert len(train.images) == 15 and {name.split("/")[1] for name in train.names} == set("maple_tree oak_tree palm_tree pine_tree willow_tree".split())
     assert len(test.images) == 200 and test.labels.count(0) == 10
@@ -300,8 +302,8 @@ def test_a_pickle_whose_md5_is_wrong_is_not_opened(tmp_path, monkeypatch):
 
 
 def test_cifar100_superclasses():
-    fine = sorted(sum(data.FINE, []))
-    coarse = [next(i for i, five in enumerate(data.FINE) if name in five) for name in fine]
+    fine = sorted(sum(FINE, []))
+    coarse = [next(i for i, five in enumerate(FINE) if name in five) for name in fine]
     assert coarse[:10] == [4, 1, 14, 8, 0, 6, 7, 7, 18, 3]  # the start of the official list
     assert len(set(fine)) == 100 and Counter(coarse) == {i: 5 for i in range(20)}
     assert len(data.PAPER_AUROC["cifar100"]) == 20

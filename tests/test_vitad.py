@@ -119,19 +119,36 @@ def test_eq8_diff(t, s, reading):
 
 @pytest.mark.parametrize("reading", READINGS)
 def test_eq9_score_d(t, s, reading):
-    result = vitad.score_d(t, s, K, reading)
+    of_class_token, of_patches = vitad.score_d({c: vitad.diff(t[c], s[c], reading) for c in LAYERS}, K)
     for b in range(B):
-        expected = 0
-        for c in LAYERS:
-            d = [naive_diff(t[c][b, p].numpy(), s[c][b, p].numpy(), reading) for p in range(T)]
-            expected += d[0] + sum(sorted(d[1:], reverse=True)[:K]) / K  # the class token stands first and apart
-        assert result[b].item() == pytest.approx(expected, rel=1e-12)
+        d = {c: [naive_diff(t[c][b, p].numpy(), s[c][b, p].numpy(), reading) for p in range(T)] for c in LAYERS}
+        assert of_class_token[b].item() == pytest.approx(sum(d[c][0] for c in LAYERS), rel=1e-12)  # it stands first and apart
+        assert of_patches[b].item() == pytest.approx(sum(sum(sorted(d[c][1:], reverse=True)[:K]) / K for c in LAYERS), rel=1e-12)
 
 
 def test_eq10_score_and_delta():
     assert vitad.score(torch.tensor([5.0]), torch.tensor([2.0]), torch.tensor([0.5])).item() == 7.5
     scores = torch.arange(101.0)
     assert vitad.calibrate(scores, 0.99).item() == 99 and vitad.calibrate(scores, 0.5).item() == 50
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_heat_is_diff_of_the_patches_summed_over_the_layers(t, s, reading):
+    result = vitad.heat({c: vitad.diff(t[c], s[c], reading) for c in LAYERS})
+    assert result.shape == (B, T - 1)
+    for b in range(B):
+        for p in range(1, T):
+            expected = sum(naive_diff(t[c][b, p].numpy(), s[c][b, p].numpy(), reading) for c in LAYERS)
+            assert result[b, p - 1].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_calibration_of_the_heat():
+    """Usual: the median patch. Hot: where 99 % of the images' hottest patches end."""
+    model, heat = distillation(), torch.zeros(101, 5)
+    heat[:, 3] = torch.arange(101.0)  # of 101 images one patch each is warm
+    model.calibrate({"score": torch.arange(101.0) / 2, "heat": heat})
+    assert model.delta.item() == 49.5 and model.heat_scale.tolist() == [0, 99]
+    assert {"delta", "heat_scale"} <= set(model.learned_state())
 
 
 def test_unit_reading_does_not_see_scale(t, s):
@@ -251,10 +268,13 @@ def test_scores_are_eq10_of_the_features():
     with torch.no_grad():
         s = model.features(model.student, IMAGES)
     anchor = model.anchor.value
-    torch.testing.assert_close(parts["score_d"], vitad.score_d(t, s, 7))
+    d = {c: vitad.diff(t[c], s[c]) for c in t}
+    torch.testing.assert_close(parts["score_d"], sum(vitad.score_d(d, 7)))
+    torch.testing.assert_close(parts["score_d_cls"], sum(x[:, 0] for x in d.values()))
     torch.testing.assert_close(parts["score_a_teacher"], vitad.distance(t[11][:, 0], anchor))
     torch.testing.assert_close(parts["score_a_student"], vitad.distance(s[11][:, 0], anchor))
     torch.testing.assert_close(parts["score"], parts["score_d"] + parts["score_a_teacher"] + parts["score_a_student"])
+    torch.testing.assert_close(parts["heat"], vitad.heat(d))
 
 
 def test_scores_do_not_depend_on_the_batch():

@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import atomic, fail, one_sentence  # noqa: E402
 from vit import load_vit, sha256  # noqa: E402
+from weights.files import atomic, fail, one_sentence  # noqa: E402
 
 IMAGE_SIZE = 224
 HALF, IMAGENET = ((0.5,) * 3, (0.5,) * 3), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -22,7 +22,7 @@ from urllib.request import Request, urlopen
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from data import fail, one_sentence  # noqa: E402
+from weights.files import fail, one_sentence  # noqa: E402
 # convert.py, and torch with it, is imported where a file is converted: a file that is there already is found at once.
 
 # name -> (url, bytes, sha256). A url names one revision, so that what lies there cannot change.

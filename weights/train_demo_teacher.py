@@ -25,9 +25,9 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import atomic, fail, one_sentence  # noqa: E402
 from vit import ViT, load_vit  # noqa: E402
 from vitad import LAYERS  # noqa: E402
+from weights.files import atomic, fail, one_sentence  # noqa: E402
 
 CONFIG = dict(width=96, depth=12, heads=3, patch=16, grid=14, hidden=192, mean=(0.5,) * 3, std=(0.25,) * 3)
 SIZE = CONFIG["patch"] * CONFIG["grid"]
