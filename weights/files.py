@@ -66,7 +66,7 @@ def is_complete(run, settings, existing):
 def open_run(run, facts, made_with, resume):
     """Make a run folder with its config.json, without what an older run left in it; or go on in the one that is there."""
     run.mkdir(parents=True, exist_ok=True)
-    for half_written in run.glob(".*.tmp"):  # what a killed run was at
+    for half_written in [*run.glob(".*.tmp"), *run.glob(".tmp*")]:  # what a killed run was at: `atomic`, and safetensors inside of it
         half_written.unlink()
     if resume:
         config = read_config(run)
