@@ -74,8 +74,8 @@ class Settings:
     layers: tuple = option((3, 6, 9, 11), "tapped blocks, counted from 0, comma-separated; the last one is the anchor's")
     distance: str = option("unit", "reading of the norm in Eqs. 2, 3, 5, 7 and 8", choices=["unit", "l2", "mse"])
     anchor: str = option("mean", "average of Eq. 1: cumulative mean of the first epoch, or bias-corrected EMA", choices=["mean", "ema"])
-    pos_embed: str = option("copy", "student's position embedding: the teacher's, frozen (Fig. 7, strategy 2), or learnt",
-                            choices=["copy", "learn"])
+    pos_embed: str = option("copy", "student's position embedding: the teacher's, frozen (Fig. 7, strategy 2), or learnt", choices=["copy", "learn"])
+    without: str = option(None, "terms to leave out of Eq. 6, for ablations (Fig. 4)", choices=["anchor", "gram", "anchor,gram"])
     holdout: float = option(None, "share of the training images to hold out: they measure how far training has come, and calibrate delta (default "
                             "0 in the paper's protocols, else 0.1)")
     seed: int = option(0, "of the student's initialisation and the order of the images")
@@ -179,7 +179,7 @@ class Progress:
         return math.isfinite(sum(means.values()))
 
 
-def main(settings, seeds, existing):
+def main(settings, seeds, existing, teacher=None):
     categories = [settings.category] if settings.category != "all" or settings.dataset == "folder" else list(PAPER_AUROC[settings.dataset])
     todo = []
     with one_sentence():
@@ -202,7 +202,7 @@ def main(settings, seeds, existing):
     with one_sentence():
         device = pick_device(settings.device, settings.precision)
         torch.use_deterministic_algorithms(settings.deterministic)
-        teacher = load_vit(weights_file(settings.weights))
+        teacher = teacher or load_vit(weights_file(settings.weights))
         for name, value, most in (("layers", settings.layers[-1], len(teacher.blocks) - 1), ("top-k", settings.top_k, teacher.config["grid"] ** 2)):
             if value > most:
                 raise ValueError(f"--{name}: expected at most {most} with this teacher, got {value}")
@@ -250,7 +250,7 @@ def train(settings, teacher, device, resume, more):
     seed = zlib.crc32(f"{settings.dataset}/{settings.category}/{settings.seed}".encode())
     torch.manual_seed(seed)
     model = Distillation(teacher, settings.layers, settings.distance, settings.pos_embed, settings.anchor, settings.lam,
-                         settings.top_k, settings.precision).to(device)
+                         settings.top_k, settings.precision, settings.without or ()).to(device)
     with one_sentence():
         cache = TeacherCache(model, len(images), device, run, settings.cache)
     if images.nbytes <= free_bytes("device", device) / 4:

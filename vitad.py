@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from vit import ViT, load_vit, pick_device
+from vit import load_vit, pick_device
 from weights.download import weights_file
 from weights.files import read_config
 
@@ -119,8 +119,8 @@ def gram_loss(t, s, reading="unit"):
     return total / len(pairs)
 
 
-def total_loss(distill, anchor, gram, lam=LAM):
-    """Eq. 6: L = L_distill + lambda (L_anchor + L_Gram); scalars."""
+def total_loss(distill, anchor=0, gram=0, lam=LAM):
+    """Eq. 6: L = L_distill + lambda (L_anchor + L_Gram); scalars, 0 for a term left out."""
     return distill + lam * (anchor + gram)
 
 
@@ -150,8 +150,13 @@ def score(score_d, score_a_teacher, score_a_student):
 
 
 def heat(d):
-    """Where the score comes from: Diff of Eq. 8 summed over the tapped layers, of each patch -> (B, P). The paper scores whole images only."""
-    return sum(x[:, 1:] for x in d.values())
+    """Where the score comes from: Diff of Eq. 8 summed over the tapped layers, of each patch -> (B, P). The paper scores whole images only.
+
+    A ViT's layers share one grid; coarser layers of other networks are enlarged to the finest grid first.
+    """
+    maps = [x[:, None, 1:].unflatten(2, (math.isqrt(x.shape[1] - 1), -1)) for x in d.values()]  # (B, 1, side, side)
+    finest = max(x.shape[-1] for x in maps)
+    return sum(x if x.shape[-1] == finest else F.interpolate(x, (finest, finest), mode="bilinear") for x in maps).flatten(1)
 
 
 def calibrate(normal_scores, quantile=0.99):
@@ -165,16 +170,18 @@ class Distillation(nn.Module):
     teacher: a ViT, frozen here. The student has its architecture (without head) and random weights, drawn from torch's generator.
     layers: the tapped blocks, ascending; the last one is c of the anchor. reading: of the norm, see `distance`.
     pos_embed: "copy" takes the teacher's position embedding and freezes it, strategy 2 of Fig. 7, the method's; "learn" is strategy 1.
+    without: terms of Eq. 6 to leave out, "anchor" and "gram", for ablations.
     precision: "bf16" runs both networks under autocast, master weights in float32; losses and scores are float32 always.
     delta: the threshold of Eq. 10. heat_scale: of normal images, the usual heat of a patch and the heat that the hottest patch of 99 % of them stays
     below. Both come from normal images, in `calibrate`, and are NaN before.
     """
 
-    def __init__(self, teacher, layers=LAYERS, reading="unit", pos_embed="copy", anchor="mean", lam=LAM, top_k=TOP_K, precision="fp32"):
+    def __init__(self, teacher, layers=LAYERS, reading="unit", pos_embed="copy", anchor="mean", lam=LAM, top_k=TOP_K, precision="fp32",
+                 without=()):
         super().__init__()
-        self.layers, self.reading, self.lam, self.top_k, self.precision = tuple(layers), reading, lam, top_k, precision
+        self.layers, self.reading, self.lam, self.top_k, self.precision, self.without = tuple(layers), reading, lam, top_k, precision, without
         self.teacher = teacher.requires_grad_(False).eval()
-        self.student = ViT(**teacher.config)
+        self.student = type(teacher)(**teacher.config)
         if pos_embed == "copy":
             self.student.pos_embed.data.copy_(teacher.pos_embed)
             self.student.pos_embed.requires_grad_(False)
@@ -209,9 +216,11 @@ class Distillation(nn.Module):
     def loss_terms(self, images, t):
         """The unweighted terms of Eq. 6 and their sum: {"loss", "distill", "anchor", "gram"}, scalars; t = teach(images)."""
         s, last = self.features(self.student, images), self.layers[-1]
-        terms = {"distill": distill_loss(t, s, self.reading),
-                 "anchor": anchor_loss(s[last][:, 0], self.anchor.value, self.reading),
-                 "gram": gram_loss(t, s, self.reading)}
+        terms = {"distill": distill_loss(t, s, self.reading)}
+        if "anchor" not in self.without:
+            terms["anchor"] = anchor_loss(s[last][:, 0], self.anchor.value, self.reading)
+        if "gram" not in self.without:
+            terms["gram"] = gram_loss(t, s, self.reading)
         return {"loss": total_loss(**terms, lam=self.lam), **terms}
 
     @torch.no_grad()
@@ -245,8 +254,8 @@ class Distillation(nn.Module):
             s, n = self.features(self.student, images), n + len(images)
             student = student + torch.stack([(1 - F.cosine_similarity(t[c], s[c], dim=-1)).mean(dim=1).sum() for c in t])
             tokens = {c: tokens[c] + F.normalize(t[c], dim=-1).sum(dim=0) for c in t}  # (T, D)
-        cosines = torch.stack([(x.square().sum(dim=-1) - n) / max(n * (n - 1), 1) for x in tokens.values()])  # (layers, T), of two images
-        return student / n, (1 - cosines.clamp(min=0).sqrt()).mean(dim=1)
+        cosines = [(x.square().sum(dim=-1) - n) / max(n * (n - 1), 1) for x in tokens.values()]  # (T,) per layer, of two images
+        return student / n, torch.stack([(1 - x.clamp(min=0).sqrt()).mean() for x in cosines])
 
 
 def load(run, weights=None, device=None, precision=None, teachers=None):
@@ -264,7 +273,7 @@ def load(run, weights=None, device=None, precision=None, teachers=None):
         raise ValueError(f"{path}: expected the teacher that {run} was trained with, sha256 {expected[:12]}..., "
                          f"got {teachers[path].sha256[:12]}...: name the right file with --weights")
     model = Distillation(teachers[path], settings["layers"], settings["distance"], settings["pos_embed"], settings["anchor"],
-                         settings["lam"], settings["top_k"], precision or settings.get("precision", "fp32"))
+                         settings["lam"], settings["top_k"], precision or settings.get("precision", "fp32"))  # `without` concerns training only
     try:
         model.load_learned_state(load_file(Path(run) / "model.safetensors"))
     except (SafetensorError, RuntimeError) as error:
@@ -300,13 +309,14 @@ class TeacherCache:
 
     def __call__(self, index, images):
         """t of `images`, uint8 (B, 3, s, s), whose places in the training set are `index` (B,), on the CPU."""
-        where = index.to(self.store.device) if self.where != "off" else None
+        if self.where == "off":
+            return {c: x.to(self.dtype).float() for c, x in self.model.teach(images).items()}
+        where = index.to(self.store.device)
         if self.known[index].all():
             t = self.store[where].to(images.device, non_blocking=True)  # (B, layers, 1 + P, D)
         else:
             t = torch.stack(list(self.model.teach(images).values()), dim=1).to(self.dtype)
-            if self.where != "off":
-                self.store[where], self.known[index] = t.to(self.store.device), True
+            self.store[where], self.known[index] = t.to(self.store.device), True
         return dict(zip(self.model.layers, t.float().unbind(1)))
 
 
