@@ -159,7 +159,8 @@ def bars(figure, rows):
 
     ticks = [(x + 0.5, category or "mean") for x, category in enumerate([*categories, None])]
     legend = [(variant, fill) for (variant, _), fill in zip(variants, fills)]
-    return svg(f"Figure {figure}", "", "image AUROC, %", (0, len(ticks)), (low, 100), marks, legend, x_ticks=ticks)
+    width, names = 80 * len(ticks), 170  # pixels of the bars, and of the legend to their right
+    return svg(f"Figure {figure}", "", "image AUROC, %", (0, (width + names) / 80), (low, 100), marks, legend, x_ticks=ticks, width=80 + width + names)
 
 
 def main():

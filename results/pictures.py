@@ -76,22 +76,22 @@ class Gallery:
         return self.folder / "index.html"
 
 
-def svg(title, x_label, y_label, x_range, y_range, marks, legend, legend_y=56, x_ticks=None):
-    """A plot of 480 x 360 pixels with axes; `marks` maps a function from data to pixels to the elements inside. x_ticks: [(x, text)], or numbers."""
+def svg(title, x_label, y_label, x_range, y_range, marks, legend, legend_y=56, x_ticks=None, width=480):
+    """A plot of `width` x 360 pixels with axes; `marks` maps a function from data to pixels to the elements inside. x_ticks: [(x, text)], or numbers."""
     (x0, x1), (y0, y1) = x_range, y_range
 
     def at(x, y):
-        return 60 + 400 * (x - x0) / (x1 - x0), 310 - 270 * (y - y0) / (y1 - y0)
+        return 60 + (width - 80) * (x - x0) / (x1 - x0), 310 - 270 * (y - y0) / (y1 - y0)
 
     fractions = [i / 4 for i in range(5)]
     x_ticks = x_ticks or [(x, f"{x:.3g}") for x in (x0 + (x1 - x0) * f for f in fractions)]
     ticks = [f'<text x="{at(x, y0)[0]:.1f}" y="326" text-anchor="middle">{html.escape(text)}</text>' for x, text in x_ticks]
     ticks += [f'<text x="54" y="{at(x0, y)[1] + 4:.1f}" text-anchor="end">{y:.3g}</text>' for y in (y0 + (y1 - y0) * f for f in fractions)]
-    names = "".join(f'<text x="450" y="{legend_y + 16 * i}" text-anchor="end" fill="{fill}" stroke="#fff" stroke-width="3" paint-order="stroke">{html.escape(text)}</text>' for i, (text, fill) in enumerate(legend))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 360" font-family="sans-serif" font-size="12">'
-            f'<rect width="480" height="360" fill="#fff"/><text x="260" y="24" text-anchor="middle" font-size="14">{html.escape(title)}</text>'
-            f'{"".join(marks(at))}<path d="M60 40V310H460" fill="none" stroke="#222"/>{"".join(ticks)}{names}'
-            f'<text x="260" y="348" text-anchor="middle">{x_label}</text>'
+    names = "".join(f'<text x="{width - 30}" y="{legend_y + 16 * i}" text-anchor="end" fill="{fill}">{html.escape(text)}</text>' for i, (text, fill) in enumerate(legend))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 360" font-family="sans-serif" font-size="12">'
+            f'<rect width="{width}" height="360" fill="#fff"/><text x="{width / 2 + 20}" y="24" text-anchor="middle" font-size="14">{html.escape(title)}</text>'
+            f'{"".join(marks(at))}<path d="M60 40V310H{width - 20}" fill="none" stroke="#222"/>{"".join(ticks)}{names}'
+            f'<text x="{width / 2 + 20}" y="348" text-anchor="middle">{x_label}</text>'
             f'<text x="16" y="175" text-anchor="middle" transform="rotate(-90 16 175)">{y_label}</text></svg>\n')
 
 

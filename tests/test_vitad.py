@@ -360,6 +360,26 @@ def test_bf16_keeps_weights_losses_and_scores_in_float32():
     assert model.scores(IMAGES)["score"].dtype == torch.float32
 
 
+def test_terms_left_out_of_the_loss():
+    for without in (("anchor",), ("gram",), ("anchor", "gram")):
+        model, whole = distillation(without=without), distillation()
+        t = learn(model)
+        learn(whole)
+        terms, all_terms = model.loss_terms(IMAGES, t), whole.loss_terms(IMAGES, t)
+        assert set(all_terms) - set(terms) == set(without)
+        kept = {name: all_terms[name] for name in ("distill", "anchor", "gram") if name not in without}
+        assert {name: float(value) for name, value in terms.items() if name != "loss"} == {name: float(value) for name, value in kept.items()}
+        torch.testing.assert_close(terms["loss"], sum(kept.values()))
+
+
+def test_heat_of_coarser_layers_is_enlarged():
+    fine, coarse = torch.rand(2, 1 + 16), torch.rand(2, 1 + 4)
+    heat = vitad.heat({0: fine, 1: coarse})
+    enlarged = torch.nn.functional.interpolate(coarse[:, 1:].view(2, 1, 2, 2), (4, 4), mode="bilinear")
+    torch.testing.assert_close(heat, fine[:, 1:] + enlarged.view(2, 16))
+    assert torch.equal(vitad.heat({0: fine, 1: fine}), 2 * fine[:, 1:])
+
+
 def test_compiled_losses_are_the_eager_ones():
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("torch.compile needs a C++ compiler, and there is none")
