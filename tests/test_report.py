@@ -56,6 +56,12 @@ def test_a_report_scores_what_has_no_result_and_one_broken_run_stops_no_other(tm
     assert process.returncode == 2 and "mean" in process.stdout and (tmp_path / "runs/folder/own/seed0/result.json").exists()
     assert "seed1/model.safetensors" in process.stderr and process.stderr.endswith("1 of 2 runs could not be scored, for the reasons above\n")
     model.write_bytes(whole)
+    result = json.loads((tmp_path / "runs/folder/own/seed0/result.json").read_text())
+    process = run(ROOT / "results/anatomy.py", "runs/folder/own/seed0", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    found = rows(process.stdout)
+    for name, key in (("S_D + S_A (Eq. 10)", "auroc"), ("S_D", "auroc_score_d"), ("S_D with k = 20", "auroc_score_d"), ("S_A", "auroc_score_a")):
+        assert found[name] == [f"{result[key]:.2f}"], name
     process = run(ROOT / "evaluate.py", "--report", "out", cwd=tmp_path)
     assert process.returncode == 0 and "table: out/folder.md" in process.stdout, process.stderr
     assert process.stdout.count("own seed") == 1  # seed 0 was not scored again
