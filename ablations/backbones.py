@@ -92,7 +92,7 @@ def load(name, path, image_size=224):
     """A teacher: the network `name` with the weights of a safetensors file, ImageNet's, by torchvision's key names."""
     try:
         network = BACKBONES[name](image_size, load_file(path))
-    except (SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: expected weights of torchvision's {name}: {error}; ablations/README.md says how to get them") from None
     network.metadata, network.sha256 = {"name": name, "image_size": image_size}, sha256(path)
     return network

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import train  # noqa: E402
 from data import find_category  # noqa: E402
 from weights.files import atomic, fail, one_sentence, read_config  # noqa: E402
 
@@ -63,7 +64,6 @@ def teacher_of(backbone, args):
 def run_variant(variant, dataset, args, options):
     """Train and score a variant on every category with every seed; -> its results, what result.json holds of each."""
     import evaluate
-    import train
     from vit import pick_device
 
     backbone, own = VARIANTS[variant]
@@ -168,20 +168,17 @@ def main():
     parser.error = fail
     parser.add_argument("--figure", required=True, choices=list(FIGURES), help="of the paper")
     parser.add_argument("--categories", help="comma-separated (default all of the data set)")
-    parser.add_argument("--seeds", default="0", help="comma-separated (default 0)")
+    parser.add_argument("--seeds", type=train.whole_numbers, default="0", help="comma-separated (default 0)")
     parser.add_argument("--weights", dest="vit", default="vit_base_patch16_224", help="the ViT teacher, a file or a name, as in train.py")
     parser.add_argument("--vgg16", default="weights/vgg16.safetensors", help="the VGG16 teacher (default weights/vgg16.safetensors)")
     parser.add_argument("--resnet18", default="weights/resnet18.safetensors", help="the ResNet18 teacher (default weights/resnet18.safetensors)")
     parser.add_argument("--image-size", type=int, default=224, help="of the CNNs, in pixels (default 224, the paper's)")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder for tables and charts")
     args, options = parser.parse_known_args()
-    import train
-
     dataset, variants, _ = FIGURES[args.figure]
     with one_sentence():
         everything = train.PAPER_AUROC[dataset]
         args.categories = [find_category(dataset, name) for name in args.categories.split(",")] if args.categories else list(everything)
-        args.seeds = train.whole_numbers(args.seeds)
     rows = [row for variant, _ in variants for row in rows_of(variant, run_variant(variant, dataset, args, options))]
     args.results.mkdir(parents=True, exist_ok=True)
     with atomic(args.results / f"figure_{args.figure}.csv") as temporary, open(temporary, "w", newline="") as file:

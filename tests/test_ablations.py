@@ -131,5 +131,7 @@ def test_a_figure_from_training_to_the_chart(world, figure, options):
 
 def test_bad_input_is_one_sentence(world):
     assert_one_sentence(run(RUN, "--figure", "3c", "--categories", "bottel", cwd=world), "bottel")
+    assert_one_sentence(run(RUN, "--figure", "3c", "--categories", "bottle", cwd=world), "resnet18.safetensors", "ablations/README.md")
+    assert_one_sentence(run(RUN, "--figure", "3c", "--seeds", "0,a", cwd=world), "--seeds", "ascending numbers")
     assert_one_sentence(run(RUN, "--figure", "3c", "--categories", "bottle", "--resnet18", "teacher.safetensors", cwd=world), "torchvision's resnet18", "conv1.weight")
     assert_one_sentence(run(RUN, "--figure", "4", "--categories", "bottle", "--weights", "teacher.safetensors", "--epoch", "x", cwd=world), "--epoch")
