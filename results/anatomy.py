@@ -3,9 +3,11 @@
 
     python results/anatomy.py runs/mvtec/pill/seed0 ...
 
-prints a Markdown table with a column per run: image AUROC in % on the complete test split, of each variant of the score.
+prints a Markdown table with a column per run, on the complete test split: image AUROC in % of each variant of the score; and, where there are masks, how
+much of the k hottest patches of Eq. 9 lies on the defect, in images found and missed at delta.
 """
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -14,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import test_split  # noqa: E402
 from evaluate import auroc  # noqa: E402
 from weights.files import fail, one_sentence, read_config  # noqa: E402
+
+NAME = "S_D + S_A (Eq. 10)"
 
 
 def parts(model, images, batch_size=32):
@@ -38,7 +42,7 @@ def variants(d, s_a, top_k):
     from vitad import score_d
 
     cls, patches = score_d(d, top_k)
-    yield "S_D + S_A (Eq. 10)", cls + patches + s_a
+    yield NAME, cls + patches + s_a
     yield "S_D", cls + patches
     yield "S_A", s_a
     yield "S_D, class tokens only", cls
@@ -52,6 +56,21 @@ def variants(d, s_a, top_k):
         yield f"S_D + {weight} S_A", cls + patches + weight * s_a
 
 
+def on_the_defect(d, masks, anomalous, top_k):
+    """Shares in % of the patches, and of each layer's k hottest, that touch the mask: means over the `anomalous` images (N,). Of ViTs, whose
+    layers share one grid."""
+    import torch
+    import torch.nn.functional as F
+
+    if not anomalous.any():
+        return
+    side = math.isqrt(next(iter(d.values())).shape[1] - 1)
+    touched = torch.cat([F.adaptive_max_pool2d(mask[None].float(), side).flatten(1) for mask in masks])[anomalous]  # (n, P)
+    yield "all patches", 100 * touched.mean().item()
+    for c, x in d.items():
+        yield f"the {top_k} hottest of layer {c}", 100 * touched.gather(1, x[anomalous, 1:].topk(top_k, dim=1).indices).mean().item()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
@@ -59,12 +78,19 @@ def main():
     args = parser.parse_args()
     columns, teachers = [], {}
     with one_sentence():
+        import torch
+
         from vitad import load
 
         for run in args.runs:
             settings, model = read_config(run)["settings"], load(run, teachers=teachers)
             split = test_split(settings["dataset"], settings["data_root"], settings["category"], model.teacher.image_size)
-            columns.append({name: auroc(values, split.labels) for name, values in variants(*parts(model, split.images), model.top_k)})
+            d, s_a = parts(model, split.images)
+            scores = dict(variants(d, s_a, model.top_k))
+            columns.append({name: auroc(values, split.labels) for name, values in scores.items()})
+            for word, verdict in (("found", True), ("missed", False)) if split.masks is not None else ():
+                chosen = (scores[NAME] >= model.delta.item()).eq(verdict) & (torch.tensor(split.labels) == 1)
+                columns[-1].update({f"on the defect, %, {word}: {name}": value for name, value in on_the_defect(d, split.masks, chosen, model.top_k)})
     print("| score | " + " | ".join(f"{run.parent.name} {run.name}" for run in args.runs) + " |\n|---" + "|---" * len(columns) + "|")
     for name in columns[0]:
         print(f"| {name} | " + " | ".join(f"{column[name]:.2f}" if name in column else "" for column in columns) + " |")
