@@ -8,7 +8,7 @@
 
 A run writes runs/<dataset>/<category>/seed<seed>/: model.safetensors (student, anchor, delta; config.json names the teacher by sha256),
 config.json (settings, versions, device, command), log.jsonl (a line every ten steps). `python evaluate.py` scores it. Only normal training
-images are ever read; the last epoch is the result. 2 CPU cores take half a minute for the demo, 7 minutes for bottle with DeiT-Tiny.
+images are ever read; the last epoch is the result. 2 CPU cores take half a minute for the demo, 8 minutes for bottle with DeiT-Tiny.
 """
 import argparse
 import dataclasses
