@@ -107,15 +107,11 @@ def gram_loss(t, s, reading="unit"):
     Deviation: the norm of a T x T matrix is the root mean square of its entries (mean square under `mse`), 1/T of the Frobenius norm,
     so that it does not grow with the number of tokens; the mean over the batch is taken last.
     """
-    pairs = list(combinations(t, 2))
-    total = 0
+    total, pairs = 0, list(combinations(t, 2))
     for c1, c2 in pairs:
         difference = (gram(t[c1], t[c2], reading) - gram(s[c1], s[c2], reading)).flatten(1)  # (B, T * T)
-        if reading == "mse":
-            norms = difference.square().mean(dim=1)
-        else:
-            norms = torch.linalg.vector_norm(difference, dim=1) / difference.shape[1] ** 0.5
-        total = total + norms.mean()
+        root_mean_square = torch.linalg.vector_norm(difference, dim=1) / difference.shape[1] ** 0.5
+        total = total + (root_mean_square.square() if reading == "mse" else root_mean_square).mean()
     return total / len(pairs)
 
 
@@ -138,9 +134,7 @@ def diff(t, s, reading="unit"):
 
 
 def score_d(d, top_k=TOP_K):
-    """Eq. 9: S_D = sum_c ( Diff_c,cls + AvgTopk_p(Diff_c) ), the mean of the k largest over the patch tokens p of each layer -> its two terms
-    apart, (B,) each; d = {c: Diff_c of Eq. 8, (B, 1 + P)}.
-    """
+    """Eq. 9: S_D = sum_c ( Diff_c,cls + AvgTopk_p(Diff_c) ), the k hottest patches p -> two terms apart, (B,); d = {c: Diff_c (B, 1 + P)}."""
     return sum(x[:, 0] for x in d.values()), sum(x[:, 1:].topk(top_k, dim=1).values.mean(dim=1) for x in d.values())
 
 
@@ -150,10 +144,7 @@ def score(score_d, score_a_teacher, score_a_student):
 
 
 def heat(d):
-    """Where the score comes from: Diff of Eq. 8 summed over the tapped layers, of each patch -> (B, P). The paper scores whole images only.
-
-    A ViT's layers share one grid; coarser layers of other networks are enlarged to the finest grid first.
-    """
+    """Where the score comes from: Diff of Eq. 8 of each patch, summed over the layers (a CNN's coarser ones enlarged to the finest) -> (B, P)."""
     maps = [x[:, None, 1:].unflatten(2, (math.isqrt(x.shape[1] - 1), -1)) for x in d.values()]  # (B, 1, side, side)
     finest = max(x.shape[-1] for x in maps)
     return sum(x if x.shape[-1] == finest else F.interpolate(x, (finest, finest), mode="bilinear") for x in maps).flatten(1)
@@ -172,8 +163,7 @@ class Distillation(nn.Module):
     pos_embed: "copy" takes the teacher's position embedding and freezes it, strategy 2 of Fig. 7, the method's; "learn" is strategy 1.
     without: terms of Eq. 6 to leave out, "anchor" and "gram", for ablations.
     precision: "bf16" runs both networks under autocast, master weights in float32; losses and scores are float32 always.
-    delta: the threshold of Eq. 10. heat_scale: of normal images, the usual heat of a patch and the heat that the hottest patch of 99 % of them stays
-    below. Both come from normal images, in `calibrate`, and are NaN before.
+    delta, heat_scale: the threshold of Eq. 10; a patch's usual heat, and what the hottest patch of 99 % of images stays below. NaN before `calibrate`.
     """
 
     def __init__(self, teacher, layers=LAYERS, reading="unit", pos_embed="copy", anchor="mean", lam=LAM, top_k=TOP_K, precision="fp32",
@@ -225,8 +215,8 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def scores(self, images, t=None):
-        """uint8 images (B, 3, s, s) -> "score" of Eq. 10 and what it is made of: "score_d", "score_a_teacher", "score_a_student", and "score_d_cls", the
-        class tokens' share of score_d, (B,) each; and "heat" of each patch, (B, P). t = teach(images), if known.
+        """uint8 images (B, 3, s, s) -> "score" of Eq. 10 and what it is made of, "score_d", "score_a_teacher", "score_a_student", and "score_d_cls", of
+        score_d the class tokens' share, (B,) each; and "heat" of each patch, (B, P). t = teach(images), if known.
         """
         t = self.teach(images) if t is None else t
         s, last = self.features(self.student, images), self.layers[-1]
