@@ -30,14 +30,19 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}  # F.gelu is the exact 
 
 
 class PatchEmbed(nn.Module):
-    """Cut into patches and project each: a convolution whose stride is its kernel size."""
+    """Cut into patches and project each: a convolution whose stride is its kernel size. In float32 under autocast too.
+
+    Learnt filters all but cancel a patch's mean colour, and bf16 would round before they do: at block 11 that alone moves CLIP's features by
+    12 % of their size, DINOv2's by 3 %, DeiT-Tiny's by 7 %; all other products together by 2, 2 and 3 %. It is 0.7 % of ViT-B/16's products.
+    """
 
     def __init__(self, width, patch):
         super().__init__()
         self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
 
     def forward(self, images):
-        return self.proj(images).flatten(2).transpose(1, 2)  # (B, 3, S, S) -> (B, D, g, g) -> (B, P, D)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.proj(images).flatten(2).transpose(1, 2)  # (B, 3, S, S) -> (B, D, g, g) -> (B, P, D)
 
 
 class Attention(nn.Module):
@@ -221,8 +226,10 @@ def load_vit(path):
 
 
 def pick_device(name, precision="fp32"):
-    """--device as torch names it; None: cuda where there is one, else cpu. Products of matrices are exact float32 unless `precision` is tf32."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    """--device as torch names it; None: cuda where there is one, else cpu. Products in float32 are exact, unless `precision` is tf32, or bf16 and
+    the product is the patch projection, a convolution: TF32 rounds an eighth as far as bf16."""
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -19,10 +19,10 @@ def test_sizes(size, parameters):
     """As published, with the head of 1,000 classes."""
     with torch.device("meta"):
         vit = ViT(**SIZES[size], classes=1000)
-        layers = (7, 13, 19, 23) if size == "large" else (3, 6, 9, 11)
-        features = vit(torch.empty(2, 3, 224, 224), layers)
     assert sum(p.numel() for p in vit.parameters()) == parameters
-    assert [x.shape for x in features.values()] == [(2, 197, vit.config["width"])] * 4
+    with torch.no_grad():  # only the shapes count
+        features = vit.to_empty(device="cpu")(torch.zeros(1, 3, 224, 224), (7, 13, 19, 23) if size == "large" else (3, 6, 9, 11))
+    assert [x.shape for x in features.values()] == [(1, 197, vit.config["width"])] * 4
 
 
 @pytest.mark.parametrize("name, size, patch, grid, head", [
