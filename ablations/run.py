@@ -76,7 +76,7 @@ def run_variant(variant, dataset, args, options):
         settings = replace(settings, out=str(Path(settings.out) / "ablations" / (variant.replace(" + ", "+").replace(" ", "_") + size)))
         train.main(settings, args.seeds, "resume", teacher)
         runs += [train.run_folder(replace(settings, seed=seed)) for seed in args.seeds]
-    plain = SimpleNamespace(weights=None, data_root=None, precision=None, batch_size=32, skip_bad=False, heatmaps=None, show_failures=0, plot=False)
+    plain = SimpleNamespace(weights=None, data_root=None, precision="fp32", batch_size=32, skip_bad=False, heatmaps=None, show_failures=0, plot=False)
     todo = [(run, read_config(run)) for run in runs if not (run / "result.json").is_file()]
     for _, group in itertools.groupby(sorted(todo, key=evaluate.of_one_kind), key=evaluate.of_one_kind):
         evaluate.evaluate(list(group), plain, pick_device(settings.device), {path: teacher})

@@ -12,7 +12,7 @@ def result(category, seed, auroc, **changes):
     values = {"dataset": "mvtec", "category": category, "seed": seed, "auroc": auroc, "auroc_score_d": auroc - 1, "auroc_score_a": 70.0,
               "auroc_score_a_teacher": 60.0, "pixel_auroc": None, "au_pro": None, "steps": 1643, "teacher": "t", "teacher_sha256": "0",
               "trained": {"command": f"python train.py --seed {seed}", "commit": "abc", "device": "cpu", "date": "2026-11-23T00:00:00"},
-              "versions": {"torch": "2.15.0"}}
+              "command": "python evaluate.py", "commit": "def", "device": "cpu", "date": "2026-11-24T00:00:00", "versions": {"torch": "2.15.0"}}
     return {**values, **changes}
 
 
@@ -27,7 +27,7 @@ def test_the_table_means_over_seeds_then_over_categories():
     assert found["bottle"] == ["100.0", "95.00 ± 7.07", "94.00 ± 7.07", "70.00 ± 0.00", "60.00 ± 0.00", "0, 1", "1643"]
     assert found["pill"][:2] == ["88.1", "65.00"] and found["hazelnut"][:2] == ["96.4", "not yet run"]
     assert found["mean of 2"][:3] == ["94.05", "80.00", "79.00"]  # of bottle and pill, ours and the paper's
-    assert "| `python train.py --seed 1` | abc | cpu | 2.15.0 | 2026-11-23 |" in text
+    assert "| `python train.py --seed 1` | abc | cpu | 2.15.0 | 2026-11-23 |\n| `python evaluate.py` | def | cpu | 2.15.0 | 2026-11-24 |\n" in text
     assert "pixels" not in text and "pixels" in table([result("bottle", 0, 90.0, pixel_auroc=95.0, au_pro=80.0)])
 
 
