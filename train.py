@@ -38,8 +38,7 @@ PER_DATASET = {
     "folder": dict(lr=0.2, batch_size=4, data_root=None, holdout=0.1, weights=TEACHER),
     "demo": dict(lr=0.2, batch_size=4, data_root=None, holdout=0.1, weights="demo_teacher", epochs=24),
 }
-ADAMW_LR, STEPS = 1e-3, 1600  # how both were found: README, "Training recipe"
-LOG_EVERY, EVAL_BATCH = 10, 32  # steps; images, without gradient
+STEPS, LOG_EVERY, EVAL_BATCH = 1600, 10, 32  # of a run (README, "Training recipe"), between lines of the log; images without gradient
 
 
 def per_dataset(name):
@@ -62,7 +61,7 @@ class Settings:
     out: str = option("runs", "folder for run folders <out>/<dataset>/<category>/seed<seed>")
     epochs: int = option(None, f"passes over the training images (default as many as {STEPS} steps take; demo 24)")
     batch_size: int = option(None, f"images a step, the paper's ({per_dataset('batch_size')})")
-    lr: float = option(None, f"peak learning rate (default {ADAMW_LR}; with sgd the paper's: {per_dataset('lr')[8:]})")
+    lr: float = option(None, f"peak learning rate (default min(0.001, 0.192 / width of the teacher); with sgd the paper's: {per_dataset('lr')[8:]})")
     optimizer: str = option("adamw", "sgd is the paper's; it takes many times as many steps", choices=["sgd", "adamw"])
     momentum: float = option(0.9, "of SGD")
     weight_decay: float = option(0.0, "of every trained parameter")
@@ -111,9 +110,8 @@ def parse(argv):
     existing.add_argument("--overwrite", dest="existing", action="store_const", const="overwrite", help="start again where a run exists already")
     arguments = vars(parser.parse_args(argv))
     existing, seeds = arguments.pop("existing"), arguments.pop("seeds") or [arguments["seed"]]
-    for name, value in PER_DATASET[arguments["dataset"]].items():
-        if arguments[name] is None:
-            arguments[name] = ADAMW_LR if name == "lr" and arguments["optimizer"] == "adamw" else value
+    arguments |= {name: value for name, value in PER_DATASET[arguments["dataset"]].items()
+                  if arguments[name] is None and (name != "lr" or arguments["optimizer"] == "sgd")}  # AdamW's lr follows from the teacher
     if arguments["dataset"] == "folder" and not arguments["data_root"]:
         fail("--data-root: expected the folder that holds train/good, got none")
     dataset, category = arguments["dataset"], arguments["category"]
@@ -139,12 +137,12 @@ def run_folder(settings):
     return Path(settings.out) / settings.dataset / slug(settings.category) / f"seed{settings.seed}"
 
 
-def learning_rate(step, steps, settings):
-    """Linear warm-up to lr, then a cosine down to 0 over the remaining steps, or constant."""
+def learning_rate(step, steps, peak, settings):
+    """Linear warm-up to the peak, then a cosine down to 0 over the remaining steps, or constant."""
     if step < settings.warmup:
-        return settings.lr * (step + 1) / settings.warmup
+        return peak * (step + 1) / settings.warmup
     done = 0 if settings.decay == "constant" else (step - settings.warmup) / (steps - settings.warmup)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class Progress:
@@ -242,9 +240,11 @@ def train(settings, teacher, device, resume, more):
         steps_per_epoch = math.ceil(len(kept) / settings.batch_size)
         epochs = settings.epochs or math.ceil(STEPS / steps_per_epoch)
         steps, step = epochs * steps_per_epoch, 0
+        # AdamW moves every weight by about the learning rate, and so a sum over D inputs by up to D times that.
+        peak = settings.lr or min(1e-3, 0.192 / teacher.config["width"])
         made_with = provenance(device)
         open_run(run, {"settings": dataclasses.asdict(settings), "teacher": {"sha256": teacher.sha256, **teacher.metadata},
-                       "images": len(images), "epochs": epochs}, made_with, resume)
+                       "images": len(images), "epochs": epochs, "lr": peak}, made_with, resume)
 
     # The seed of a run depends on which run it is, not on what ran before.
     seed = zlib.crc32(f"{settings.dataset}/{settings.category}/{settings.seed}".encode())
@@ -259,7 +259,7 @@ def train(settings, teacher, device, resume, more):
     loss_terms = torch.compile(model.loss_terms, mode="reduce-overhead", dynamic=False) if settings.compile else model.loss_terms
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = {"sgd": partial(torch.optim.SGD, momentum=settings.momentum), "adamw": torch.optim.AdamW}[settings.optimizer](
-        parameters, settings.lr, weight_decay=settings.weight_decay, fused="cuda" in device)  # on a CPU it is no faster
+        parameters, peak, weight_decay=settings.weight_decay, fused="cuda" in device)  # on a CPU it is no faster
 
     def batches(index, size):
         for batch in index.split(size):
@@ -288,7 +288,7 @@ def train(settings, teacher, device, resume, more):
         progress, saved = Progress(file, steps, step, more), time.monotonic()
         for epoch in range(step // steps_per_epoch + 1, epochs + 1):
             for x, t in batches(order(epoch)[step % steps_per_epoch * settings.batch_size:], settings.batch_size):
-                lr = learning_rate(step, steps, settings)
+                lr = learning_rate(step, steps, peak, settings)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 if epoch == 1 or settings.anchor == "ema":  # Eq. 1 is complete after one pass; only an EMA goes on

@@ -106,7 +106,7 @@ def test_an_unfinished_run_is_not_begun_again_unasked(world, tmp_path, monkeypat
     checkpoint = tmp_path / "folder/own/seed0/checkpoint.safetensors"
     before = checkpoint.read_bytes()
     assert_one_sentence(run(TRAIN, *arguments(world, tmp_path)), "--resume", "--overwrite", "unfinished")
-    assert_one_sentence(run(TRAIN, *arguments(world, tmp_path, "--resume", "--lr", 0.1)), "lr 0.001 -> 0.1")
+    assert_one_sentence(run(TRAIN, *arguments(world, tmp_path, "--resume", "--lr", 0.1)), "lr None -> 0.1")
     save_vit(tiny_vit(seed=1), tmp_path / "other.safetensors")
     assert checkpoint.read_bytes() == before
     checkpoint.write_bytes(before[:-50])

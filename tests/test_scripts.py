@@ -66,7 +66,7 @@ def test_the_run_folder(world):
     folder = run_folder(world)
     assert sorted(path.name for path in folder.iterdir() if path.name not in ("scores.csv", "result.json")) == ["config.json", "log.jsonl", "model.safetensors"]
     config = json.loads((folder / "config.json").read_text())
-    assert config["settings"]["lr"] == 1e-3 and config["settings"]["batch_size"] == 4 and config["settings"]["epochs"] == config["epochs"] == 2
+    assert config["settings"]["lr"] is None and config["lr"] == 1e-3 and config["settings"]["batch_size"] == 4 and config["settings"]["epochs"] == config["epochs"] == 2
     assert len(config["teacher"]["sha256"]) == 64 and config["versions"]["torch"] == torch.__version__ and "train.py" in config["command"]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert log[-2]["step"] == 4 and {"epoch", "lr", "loss", "distill", "anchor", "gram", "images_per_s"} <= set(log[-2])
@@ -146,7 +146,7 @@ def test_a_complete_run_is_kept(world):
     before = {path: path.read_bytes() for path in run_folder(world).iterdir()}
     process = run(TRAIN, *arguments(world), cwd=world)
     assert process.returncode == 0 and "complete, nothing to do" in process.stdout
-    assert_one_sentence(run(TRAIN, *arguments(world, lr=0.1), cwd=world), "lr 0.001 -> 0.1", "--overwrite")
+    assert_one_sentence(run(TRAIN, *arguments(world, lr=0.1), cwd=world), "lr None -> 0.1", "--overwrite")
     assert {path: path.read_bytes() for path in run_folder(world).iterdir()} == before
 
 
@@ -179,8 +179,18 @@ def test_every_option_trains_and_evaluates(world, tmp_path, options):
     assert process.returncode == 0, process.stderr
     process = run(EVALUATE, "--out", tmp_path, cwd=world)
     assert process.returncode == 0, process.stderr
-    settings = json.loads((tmp_path / "mvtec/bottle/seed0/config.json").read_text())["settings"]
-    assert settings["lr"] == (0.2 if options.get("optimizer") == "sgd" else 1e-3)
+    config = json.loads((tmp_path / "mvtec/bottle/seed0/config.json").read_text())
+    assert config["lr"] == (0.2 if options.get("optimizer") == "sgd" else 1e-3)
+
+
+@pytest.mark.parametrize("lr, expected", [(None, 0.192 / 384), (0.002, 0.002)])
+def test_a_wider_student_learns_at_a_lower_rate_unless_told_otherwise(world, tmp_path, lr, expected):
+    teacher = save_vit(tiny_vit(width=384, depth=2), tmp_path / "wide.safetensors")
+    given = {} if lr is None else {"lr": lr}
+    process = run(TRAIN, *arguments(world, weights=teacher, layers="0,1", out=tmp_path, warmup=0, decay="constant", **given), cwd=world)
+    assert process.returncode == 0, process.stderr
+    log = [json.loads(line) for line in (tmp_path / "mvtec/bottle/seed0/log.jsonl").read_text().splitlines()]
+    assert {line["lr"] for line in log if "lr" in line} == {expected} == {json.loads((tmp_path / "mvtec/bottle/seed0/config.json").read_text())["lr"]}
 
 
 def test_a_diverging_run_ends_in_one_sentence_and_keeps_the_last_checkpoint(world, tmp_path):
