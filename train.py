@@ -240,7 +240,7 @@ def train(settings, teacher, device, resume, more):
         steps_per_epoch = math.ceil(len(kept) / settings.batch_size)
         epochs = settings.epochs or math.ceil(STEPS / steps_per_epoch)
         steps, step = epochs * steps_per_epoch, 0
-        # AdamW moves every weight by about the learning rate, and so a sum over D inputs by up to D times that.
+        # AdamW moves every weight by about the learning rate, and so a sum over D inputs by up to D times that: README, "Width".
         peak = settings.lr or min(1e-3, 0.192 / teacher.config["width"])
         made_with = provenance(device)
         open_run(run, {"settings": dataclasses.asdict(settings), "teacher": {"sha256": teacher.sha256, **teacher.metadata},
