@@ -1,15 +1,19 @@
 """What the tests share: the real data where it is at hand, tiny networks and images where it is not, and the scripts as a user runs them."""
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
-from safetensors.torch import save_file
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait for each other are many times slower on a busy machine
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # real weights, photos and data: beside the checkout, not part of it
@@ -52,9 +56,31 @@ def save_vit(vit, path, **changes):
     return path
 
 
-def run(*command, cwd=ROOT, env=None):
-    """A script in a process of its own, as a user starts it; -> the finished process, its output as text."""
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=env and {**os.environ, **env}, capture_output=True, text=True, timeout=300)
+def run(*command, cwd=ROOT, env=None, fork=True):
+    """A script in a process of its own; -> the finished process, its output as text.
+
+    By default forked, see forked.py; with an `env`, or fork=False, a new Python, as a user starts it.
+    """
+    command = [str(part) for part in command]
+    if fork and env is None:
+        return forked(command, cwd)
+    return subprocess.run([sys.executable, *command], cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=300)
+
+
+@functools.cache
+def server():
+    """The process that `forked` forks from; it ends with the tests, when its stdin does."""
+    command = [sys.executable, "-W", "ignore:This process:DeprecationWarning", ROOT / "tests/forked.py"]  # ... is multi-threaded: idle threads of NumPy's
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def forked(command, cwd):
+    """The same as `run`, by way of the server."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        print(json.dumps([command, str(cwd), dict(os.environ), *map(str, files)]), file=server().stdin, flush=True)
+        code = int(server().stdout.readline())
+        return subprocess.CompletedProcess(command, code, *(file.read_text() for file in files))
 
 
 def assert_one_sentence(process, *words):

@@ -143,7 +143,7 @@ def test_out_of_memory_is_one_sentence_and_loses_nothing(world, tmp_path, monkey
 def test_killed_twenty_times_and_still_the_same(world, tmp_path, monkeypatch):
     """Two runs side by side, ten kills each, since most of the time goes into starting Python."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    whole = run(TRAIN, *arguments(world, tmp_path / "whole", *KILLED))
+    whole = run(TRAIN, *arguments(world, tmp_path / "whole", *KILLED), fork=False)
     assert whole.returncode == 0, whole.stderr
     whole = tmp_path / "whole/folder/own/seed0"
     with ThreadPoolExecutor() as pool:
@@ -178,7 +178,7 @@ def kill_ten_times(world, out, moments):
         inside += bool(list(folder.glob(".checkpoint*.tmp")))
         assert process.returncode == -signal.SIGKILL  # it was still at work
     (folder / ".tmpfECqhT").touch()  # safetensors writes to such a name, and a killed process leaves it
-    process = run(*command[1:])
+    process = run(*command[1:], fork=False)
     assert process.returncode == 0 and "continues after step" in process.stdout, process.stderr
     return inside
 
