@@ -261,6 +261,12 @@ def test_help_needs_no_torch(script, tmp_path):
 
 # ------------------------------------------------------------------------------------- own pictures, all categories, the demo
 
+def test_threads_spin_briefly_unless_told_otherwise(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, sys\nsys.exit(os.environ['GOMP_SPINCOUNT'])")  # known before torch is imported
+    assert run(TRAIN, env={"PYTHONPATH": str(tmp_path)}).stderr == "1000\n"
+    assert run(TRAIN, env={"PYTHONPATH": str(tmp_path), "GOMP_SPINCOUNT": "5"}).stderr == "5\n"
+
+
 def test_own_pictures_in_a_folder(world, tmp_path):
     shutil.copytree(world / "data" / "bottle", tmp_path / "all")
     process = run(TRAIN, "--dataset", "folder", "--data-root", "all", "--weights", world / "teacher.safetensors", "--epochs", 1, "--out", "other", cwd=tmp_path)

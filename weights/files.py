@@ -13,6 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Before torch is imported: how long its threads (of GNU OpenMP) spin while one waits for another. By default 300 times as long; then the demo, which trains in
+# half a minute on two free cores, had not finished after nine on one free core, and takes one so. On free cores it takes the same time.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 
 @contextlib.contextmanager
 def atomic(path):
