@@ -7,15 +7,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
-from safetensors.torch import save_file
-
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # real weights, photos and data: beside the checkout, not part of it
 sys.path[:0] = [str(ROOT), str(ROOT / "weights")]
+
+import weights.files  # noqa: E402, F401  (before torch: how long its threads spin)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 from vit import IMAGENET_MEAN, IMAGENET_STD, ViT  # noqa: E402
 
