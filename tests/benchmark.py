@@ -180,7 +180,7 @@ def main():
     ours.load_state_dict(canonical(peers["torchvision"].state_dict())[0], assign=True)
     ours = ours.to(device).eval()
     try:
-        import timm
+        import timm  # a peer only for who has it already: nothing needs it, no number of the README is against it, and pytest does not collect this file
         peers["timm"] = timm.create_model("vit_base_patch16_224").to(device).eval()
     except ImportError:
         pass

@@ -263,8 +263,8 @@ def test_help_needs_no_torch(script, tmp_path):
 
 def test_threads_spin_briefly_unless_told_otherwise(tmp_path):
     (tmp_path / "torch.py").write_text("import os, sys\nsys.exit(os.environ['GOMP_SPINCOUNT'])")  # known before torch is imported
-    assert run(TRAIN, env={"PYTHONPATH": str(tmp_path)}).stderr == "1000\n"
-    assert run(TRAIN, env={"PYTHONPATH": str(tmp_path), "GOMP_SPINCOUNT": "5"}).stderr == "5\n"
+    assert run(TRAIN, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}).stderr == "1000\n"
+    assert run(TRAIN, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "GOMP_SPINCOUNT": "5"}).stderr == "5\n"
 
 
 def test_own_pictures_in_a_folder(world, tmp_path):
