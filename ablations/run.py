@@ -5,7 +5,8 @@
     python ablations/run.py --figure 3b --categories bottle --vgg16 vgg16.safetensors --epochs 8
 
 Every other option is train.py's, for all runs of the figure. May be stopped at any time, and goes on with the same command: complete runs are not
-trained again, scored ones not scored again. Runs lie in <out>/ablations/<variant>/, results in --results: figure_4.csv, .md and .svg.
+trained again, scored ones not scored again; figure 5 is made of the tables of 3b, 3c and 4 where they are there. Runs lie in
+<out>/ablations/<variant>/, results in --results: figure_4.csv, .md and .svg.
 """
 import argparse
 import csv
@@ -45,6 +46,7 @@ FIGURES = {  # data set, (variant, what it is compared with), what the paper say
     "7": ("mvtec", [("position embedding learnt", None), ("ViT + L_Gram + L_anchor", "position embedding learnt")],
           "the teacher's embedding, frozen, is better in nearly every category"),
 }
+PARTS_OF_5 = ("3b", "3c", "4")  # whose tables it is made of
 COLUMNS = ("variant", "category", "seed", "value", "auroc", "auroc_score_d", "auroc_score_a_teacher", "steps", "delta", "commit", "device", "date", "command")
 
 
@@ -163,6 +165,36 @@ def bars(figure, rows):
     return svg(f"Figure {figure}", "", "image AUROC, %", (0, (width + names) / 80), (low, 100), marks, legend, x_ticks=ticks, width=80 + width + names)
 
 
+def read(figure, args):
+    """The rows of a figure's CSV for the categories and seeds asked for; none if one of its runs is missing."""
+    path, wanted = args.results / f"figure_{figure}.csv", set(itertools.product(args.categories, map(str, args.seeds)))
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["category"], row["seed"]) in wanted]
+    return rows if len(rows) == len(wanted) * len(FIGURES[figure][1]) else []
+
+
+def make(figure, args, options):
+    """Run what a figure compares and write its CSV, table and chart; -> the rows of the CSV."""
+    dataset, variants, _ = FIGURES[figure]
+    if figure == "5":
+        of_parts = [row for part in PARTS_OF_5 for row in read(part, args) or make(part, args, options)]
+        rows = [row for variant, _ in variants for row in of_parts if row["variant"] == variant]
+    else:
+        rows = [row for variant, _ in variants for row in rows_of(variant, run_variant(variant, dataset, args, options))]
+    args.results.mkdir(parents=True, exist_ok=True)
+    with atomic(args.results / f"figure_{figure}.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    rows = read(figure, args)
+    for suffix, render in ((".md", table), (".svg", bars)):
+        with atomic(args.results / f"figure_{figure}{suffix}") as temporary:
+            temporary.write_text(render(figure, rows))
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
@@ -175,19 +207,11 @@ def main():
     parser.add_argument("--image-size", type=int, default=224, help="of the CNNs, in pixels (default 224, the paper's)")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder for tables and charts")
     args, options = parser.parse_known_args()
-    dataset, variants, _ = FIGURES[args.figure]
+    dataset = FIGURES[args.figure][0]
     with one_sentence():
         everything = train.PAPER_AUROC[dataset]
         args.categories = [find_category(dataset, name) for name in args.categories.split(",")] if args.categories else list(everything)
-    rows = [row for variant, _ in variants for row in rows_of(variant, run_variant(variant, dataset, args, options))]
-    args.results.mkdir(parents=True, exist_ok=True)
-    with atomic(args.results / f"figure_{args.figure}.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    for suffix, make in ((".md", table), (".svg", bars)):
-        with atomic(args.results / f"figure_{args.figure}{suffix}") as temporary:
-            temporary.write_text(make(args.figure, rows))
+    rows = make(args.figure, args, options)
     print(table(args.figure, rows))
 
 

@@ -1,6 +1,7 @@
 """The ablations: convolutional networks as sources of tokens, and the figures' tables."""
 import csv
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import ROOT, assert_one_sentence, make_category, run, save_vit, sh
 from safetensors.torch import save_file
 
 from ablations.backbones import BACKBONES, load
-from ablations.run import COLUMNS, FIGURES, bars, differences, table, verdict
+from ablations.run import COLUMNS, FIGURES, PARTS_OF_5, bars, differences, make, read, table, verdict
 
 RUN = ROOT / "ablations" / "run.py"
 
@@ -84,6 +85,20 @@ def test_the_table_and_the_chart_say_the_same():
     assert "| bottle | 85.00 ± 7.07 | 86.00 ± 7.07 |" in text and "| ResNet + L_anchor against ResNet | mean | 1.00 ± 0.00 | better |" in text
     heights = [float(h) for h in re.findall(r'height="([\d.]+)" fill="#(?:9ecae1|1f77b4)"', chart)]
     assert heights == pytest.approx([270 * 15 / 30, 270 * 16 / 30] * 2, abs=0.11)  # from 70, of bottle and of the mean
+
+
+def test_figure_5_is_made_of_the_tables_of_others(tmp_path):
+    numbers = {variant: {"bottle": [90.0 + i, 91.0 + i]} for i, variant in enumerate(dict.fromkeys(name for part in PARTS_OF_5 for name, _ in FIGURES[part][1]))}
+    for part in PARTS_OF_5:
+        with open(tmp_path / f"figure_{part}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows(**{variant: numbers[variant] for variant, _ in FIGURES[part][1]}))
+    args = SimpleNamespace(results=tmp_path, categories=["bottle"], seeds=(0, 1))
+    made = make("5", args, [])
+    assert [(row["variant"], row["value"]) for row in made] == [(variant, str(x)) for variant, _ in FIGURES["5"][1] for x in numbers[variant]["bottle"]]
+    assert (tmp_path / "figure_5.md").read_text() == table("5", made) and (tmp_path / "figure_5.svg").read_text() == bars("5", made)
+    assert read("5", SimpleNamespace(results=tmp_path, categories=["bottle"], seeds=(0, 2))) == []  # a run is missing
 
 
 def test_the_core_does_not_know_the_ablations():
