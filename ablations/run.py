@@ -210,7 +210,7 @@ def main():
     dataset = FIGURES[args.figure][0]
     with one_sentence():
         everything = train.PAPER_AUROC[dataset]
-        args.categories = [find_category(dataset, name) for name in args.categories.split(",")] if args.categories else list(everything)
+        args.categories = list(dict.fromkeys(find_category(dataset, name) for name in args.categories.split(","))) if args.categories else list(everything)
     rows = make(args.figure, args, options)
     print(table(args.figure, rows))
 

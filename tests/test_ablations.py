@@ -127,7 +127,7 @@ def world(tmp_path_factory):
     ("4", ()), ("3c", ("--resnet18", "resnet18.safetensors", "--image-size", 160)),
 ])
 def test_a_figure_from_training_to_the_chart(world, figure, options):
-    command = (RUN, "--figure", figure, "--categories", "bottle", "--seeds", "0,1", "--data-root", "data", "--weights", "teacher.safetensors", "--epochs", 1,
+    command = (RUN, "--figure", figure, "--categories", "bottle,bottle", "--seeds", "0,1", "--data-root", "data", "--weights", "teacher.safetensors", "--epochs", 1,
                "--results", "results", *options)
     process = run(*command, cwd=world)
     assert process.returncode == 0, process.stderr
