@@ -24,13 +24,14 @@ import train  # noqa: E402
 from data import find_category  # noqa: E402
 from weights.files import atomic, fail, one_sentence, read_config  # noqa: E402
 
-CNN = ["--optimizer", "sgd", "--lr", "0.001", "--batch-size", "128",  # section 4.3, of VGG; ResNet the same
-       "--pos-embed", "learn", "--cache", "off"]  # there is no position embedding; stages of unequal widths do not go into one array
+CNN = ["--pos-embed", "learn", "--cache", "off"]  # there is no position embedding; stages of unequal widths do not go into one array
+VGG = [*CNN, "--optimizer", "sgd", "--lr", "0.001", "--batch-size", "128", "--layers", "0,1,2,3,4"]  # section 4.3
+RESNET = [*CNN, "--layers", "0,1,2,3"]
 VARIANTS = {  # name in the figures: its backbone and its options of train.py
-    "VGG": ("vgg16", [*CNN, "--layers", "0,1,2,3,4", "--without", "anchor,gram"]),
-    "VGG + L_anchor": ("vgg16", [*CNN, "--layers", "0,1,2,3,4", "--without", "gram"]),
-    "ResNet": ("resnet18", [*CNN, "--layers", "0,1,2,3", "--without", "anchor,gram"]),
-    "ResNet + L_anchor": ("resnet18", [*CNN, "--layers", "0,1,2,3", "--without", "gram"]),
+    "VGG": ("vgg16", [*VGG, "--without", "anchor,gram"]),
+    "VGG + L_anchor": ("vgg16", [*VGG, "--without", "gram"]),
+    "ResNet": ("resnet18", [*RESNET, "--without", "anchor,gram"]),
+    "ResNet + L_anchor": ("resnet18", [*RESNET, "--without", "gram"]),
     "ViT": ("vit", ["--without", "anchor,gram"]),
     "ViT + L_Gram": ("vit", ["--without", "anchor"]),
     "ViT + L_Gram + L_anchor": ("vit", []),
