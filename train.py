@@ -1,340 +1,745 @@
 #!/usr/bin/env python3
-"""Train one student on the normal images of one category, or of every category of a protocol in turn.
+"""Train one student on the normal images of one category, or of every category of a protocol.
 
-    python train.py                                                 # the demo: generated images, a small teacher that comes along
-    python train.py --dataset mvtec --category bottle               # data/mvtec/bottle, the paper's teacher
-    python train.py --dataset cifar10 --category all                # downloads CIFAR-10 into data/
-    python train.py --dataset folder --data-root DIR                # your own pictures
+    python train.py                                         # the demo: generated images
+    python train.py --dataset mvtec --category bottle       # data/mvtec/bottle, ViT-B/16
+    python train.py --dataset cifar10 --category all        # downloads CIFAR-10 into data/
+    python train.py --dataset folder --data-root DIR        # your own pictures
 
-A run writes runs/<dataset>/<category>/seed<seed>/: model.safetensors (student, anchor, delta; config.json names the teacher by sha256),
-config.json (settings, versions, device, command), log.jsonl (a line every ten steps). `python evaluate.py` scores it. Only normal training
-images are ever read; the last epoch is the result. 2 CPU cores take half a minute for the demo, 8 minutes for bottle with DeiT-Tiny.
+A run is a folder, runs/<dataset>/<category>/seed<seed>, with model.safetensors (student, anchor,
+delta), config.json (settings, teacher, versions, command) and log.jsonl (losses every ten steps,
+and at the end delta). `python evaluate.py` scores it. Only normal training images are read. The
+last epoch is the result.
 """
-import argparse
+
+import os
+
+if __name__ == "__main__":
+    # Idle threads of GNU OpenMP spin. With the default, 300 times this count, the demo takes over 9
+    # minutes where another process uses one of two cores, and with this one 72 seconds.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import dataclasses
 import json
 import math
-import os
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import zlib
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-from data import PAPER_AUROC, find_category, slug, train_files, train_split
-from weights.files import atomic, fail, is_complete, load_checkpoint, one_sentence, open_run, provenance, save_checkpoint, save_tensors
-# torch is imported where it is first needed: --help and wrong arguments are answered at once.
+import torch
+import torch.nn.functional as F
+
+import runs
+from data import CATEGORIES, find_category, slug, train_files, train_split
+from runs import UserError
+from vitad import LAM, LAYERS, TOP_K
+from weights.download import ensure_weights
+
+STEPS = 1600  # of a run, unless --epochs says otherwise: results/recipe.md
+LOG_EVERY = 10  # steps between lines of the log
+EVAL_BATCH = 32  # images at a time without gradient
+
+# ----------------------------------------------------------------------------------------- settings
 
 TEACHER = "vit_base_patch16_224"  # the paper's
-# Batch size and SGD's lr are section 4.1's; for the demo and own pictures MVTec's.
+# Batch size and SGD's learning rate are the paper's, section 4.1. The demo and own pictures take
+# MVTec AD's.
 PER_DATASET = {
-    "cifar10": dict(lr=0.1, batch_size=32, data_root="data", holdout=0.0, weights=TEACHER),
-    "cifar100": dict(lr=0.1, batch_size=32, data_root="data", holdout=0.0, weights=TEACHER),
-    "fashion_mnist": dict(lr=0.1, batch_size=32, data_root="data", holdout=0.0, weights=TEACHER),
-    "mvtec": dict(lr=0.2, batch_size=4, data_root="data/mvtec", holdout=0.0, weights=TEACHER),
-    "folder": dict(lr=0.2, batch_size=4, data_root=None, holdout=0.1, weights=TEACHER),
-    "demo": dict(lr=0.2, batch_size=4, data_root=None, holdout=0.1, weights="demo_teacher", epochs=24),
+    "cifar10": {"lr": 0.1, "batch_size": 32, "data_root": "data", "holdout": 0.0},
+    "cifar100": {"lr": 0.1, "batch_size": 32, "data_root": "data", "holdout": 0.0},
+    "fashion_mnist": {"lr": 0.1, "batch_size": 32, "data_root": "data", "holdout": 0.0},
+    "mvtec": {"lr": 0.2, "batch_size": 4, "data_root": "data/mvtec", "holdout": 0.0},
+    "folder": {"lr": 0.2, "batch_size": 4, "holdout": 0.1},
+    "demo": {"lr": 0.2, "batch_size": 4, "holdout": 0.1, "weights": "demo_teacher", "epochs": 24},
 }
-STEPS, LOG_EVERY, EVAL_BATCH = 1600, 10, 32  # of a run (README, "Training recipe"), between lines of the log; images without gradient
 
 
 def per_dataset(name):
-    """The defaults of a setting as --help shows them: "mvtec 4, cifar10 32"."""
-    return "default " + ", ".join(f"{dataset} {values[name]}" for dataset, values in PER_DATASET.items() if values.get(name))
+    """The defaults of a setting as --help shows them: "cifar10 32, mvtec 4"."""
+    shown = [
+        f"{dataset} {values[name]}" for dataset, values in PER_DATASET.items() if values.get(name)
+    ]
+    return ", ".join(shown)
 
 
-def option(default, help, **metadata):
-    return field(default=default, metadata={"help": help, **metadata})
+def option(default, text, choices=None):
+    """A field of Settings: its default, its help, the values that it may have."""
+    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of a run: one command-line option each. None means: taken from PER_DATASET, or found on this machine."""
+    """Every setting of a run. Each is an option of the command line.
 
-    dataset: str = option("demo", "protocol of the paper, folder for your own pictures, or generated ones", choices=list(PER_DATASET))
-    category: str = option(None, "normal class: a name, its place in the paper's table from 0, or all; demo and folder have one only")
-    data_root: str = option(None, f"folder of the data set ({per_dataset('data_root')})")
-    weights: str = option(None, f"the teacher: a file made by weights/convert.py, or a name (default {TEACHER}, demo demo_teacher)")
-    out: str = option("runs", "folder for run folders <out>/<dataset>/<category>/seed<seed>")
-    epochs: int = option(None, f"passes over the training images (default as many as {STEPS} steps take; demo 24)")
-    batch_size: int = option(None, f"images a step, the paper's ({per_dataset('batch_size')})")
-    lr: float = option(None, f"peak learning rate (default min(0.001, 0.192 / width of the teacher); with sgd the paper's: {per_dataset('lr')[8:]})")
-    optimizer: str = option("adamw", "sgd is the paper's; it takes many times as many steps", choices=["sgd", "adamw"])
-    momentum: float = option(0.9, "of SGD")
+    None means: from PER_DATASET, or found out when the run begins.
+    """
+
+    dataset: str = option("demo", "a protocol, your own pictures, or the demo", list(PER_DATASET))
+    category: str = option(None, "normal class: name, place in the paper's table from 0, or all")
+    data_root: str = option(None, f"folder of the data set (default {per_dataset('data_root')})")
+    weights: str = option(None, f"teacher: a converted file or a name (default {TEACHER})")
+    out: str = option("runs", "run folders are <out>/<dataset>/<category>/seed<seed>")
+    epochs: int = option(None, f"default: enough for {STEPS} steps; demo 24")
+    batch_size: int = option(None, f"images per step (default {per_dataset('batch_size')})")
+    lr: float = option(
+        None,
+        "peak learning rate (default min(0.001, 0.192 / width of the teacher); "
+        f"sgd {per_dataset('lr')})",
+    )
+    optimizer: str = option("adamw", "sgd is the paper's; it takes longer", ["sgd", "adamw"])
+    momentum: float = option(0.9, "of sgd")
     weight_decay: float = option(0.0, "of every trained parameter")
     warmup: int = option(20, "steps of linear warm-up")
-    decay: str = option("cosine", "learning rate after the warm-up", choices=["cosine", "constant"])
-    clip_grad: float = option(0.0, "clip the global gradient norm to this, 0 = off; sgd with --distance l2 or mse needs 1")
-    lam: float = option(1.0, "lambda of Eq. 6")
-    top_k: int = option(20, "k of Eq. 9, in patches")
-    layers: tuple = option((3, 6, 9, 11), "tapped blocks, counted from 0, comma-separated; the last one is the anchor's")
-    distance: str = option("unit", "reading of the norm in Eqs. 2, 3, 5, 7 and 8", choices=["unit", "l2", "mse"])
-    anchor: str = option("mean", "average of Eq. 1: cumulative mean of the first epoch, or bias-corrected EMA", choices=["mean", "ema"])
-    pos_embed: str = option("copy", "student's position embedding: the teacher's, frozen (Fig. 7, strategy 2), or learnt", choices=["copy", "learn"])
-    without: str = option(None, "terms to leave out of Eq. 6, for ablations (Fig. 4)", choices=["anchor", "gram", "anchor,gram"])
-    holdout: float = option(None, "share of the training images to hold out: they measure how far training has come, and calibrate delta (default "
-                            "0 in the paper's protocols, else 0.1)")
+    decay: str = option("cosine", "learning rate after the warm-up", ["cosine", "constant"])
+    clip_grad: float = option(0.0, "largest gradient norm, 0 = off; sgd with l2 or mse needs 1")
+    lam: float = option(LAM, "lambda of Eq. 6")
+    top_k: int = option(TOP_K, "k of Eq. 9, in patches")
+    layers: tuple = option(LAYERS, "tapped blocks, counted from 0; the last is the anchor's")
+    distance: str = option("unit", "the norm of Eqs. 2, 3, 7, 8", ["unit", "l2", "mse"])
+    anchor: str = option("mean", "average of Eq. 1: of the first epoch, or EMA", ["mean", "ema"])
+    pos_embed: str = option(
+        "copy", "the teacher's, frozen (Fig. 7, strategy 2), or learnt", ["copy", "learn"]
+    )
+    without: str = option(
+        None, "leave terms out of Eq. 6, for ablations", ["anchor", "gram", "anchor,gram"]
+    )
+    holdout: float = option(
+        None,
+        "share of the training images held out, to measure progress and set delta "
+        "(default 0 in the paper's protocols, else 0.1)",
+    )
     seed: int = option(0, "of the student's initialisation and the order of the images")
     device: str = option(None, "cpu, cuda, cuda:1, ...; default cuda where there is one")
-    precision: str = option("fp32", "of the networks; losses and scores are float32 always", choices=["fp32", "tf32", "bf16"])
-    compile: bool = option(False, "compile the student and the losses with torch.compile: minutes at the start, faster steps")
-    checkpoint_every: float = option(60.0, "seconds from one checkpoint to the next; --resume continues from the last")
-    deterministic: bool = option(False, "on CUDA, algorithms that give the same bits every time; a CPU always does")
-    cache: str = option(None, "where the teacher's features are kept; default the first with room", choices=["device", "host", "disk", "off"])
+    precision: str = option("fp32", "of both networks in training", ["fp32", "tf32", "bf16"])
+    compile: bool = option(False, "torch.compile the student and the losses")
+    checkpoint_every: float = option(60.0, "seconds between checkpoints for --resume")
+    deterministic: bool = option(False, "the same bits every time on CUDA too")
+    cache: str = option(
+        None,
+        "where the teacher's features are kept (default the first with room)",
+        ["device", "host", "disk", "off"],
+    )
 
 
-def whole_numbers(text):
-    """"3,6,9,11" -> (3, 6, 9, 11): blocks, or seeds"""
-    numbers = [int(c) if c.isdecimal() else -1 for c in text.split(",")]
-    if numbers != sorted(set(numbers)) or numbers[0] < 0:
-        raise argparse.ArgumentTypeError(f"expected ascending numbers from 0, like 3,6,9,11, got {text!r}")
-    return tuple(numbers)
+def make_parser():
+    """One option per field of Settings, and three more: seeds, and what to do with old runs."""
+    parser = runs.Parser(__doc__)
+    for f in dataclasses.fields(Settings):
+        name = runs.flag(f.name)
+        text = f.metadata["help"]
+        if f.type is bool:
+            parser.add_argument(name, action="store_true", help=text)
+            continue
+        if f.default is not None:
+            shown = ",".join(map(str, f.default)) if f.type is tuple else str(f.default)
+            text = f"{text} (default {shown})"
+        parser.add_argument(
+            name,
+            type=runs.whole_numbers if f.type is tuple else f.type,
+            choices=f.metadata["choices"],
+            default=f.default,
+            help=text,
+        )
+    parser.add_argument(
+        "--seeds", type=runs.whole_numbers, help="several runs instead of --seed, one each: 0,1,2"
+    )
+    existing = parser.add_mutually_exclusive_group()
+    for name, text in (
+        ("resume", "continue an unfinished run from its last checkpoint"),
+        ("overwrite", "start again where a run exists already"),
+    ):
+        existing.add_argument(
+            f"--{name}", dest="existing", action="store_const", const=name, help=text
+        )
+    return parser
 
 
 def parse(argv):
-    """Command line -> (Settings, seeds, what to do with a run that exists); a wrong value ends with one sentence and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail  # one sentence, without the usage before it
-    for f in dataclasses.fields(Settings):
-        kind = whole_numbers if f.type is tuple else f.type
-        shown = ",".join(map(str, f.default)) if f.name == "layers" else f"{f.default:g}" if isinstance(f.default, float) else f.default
-        help = f.metadata["help"] + (f" (default {shown})" if f.default not in (None, False) else "")
-        kind = {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata.get("choices")}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=help, **kind)
-    parser.add_argument("--seeds", type=whole_numbers, help="several runs in place of --seed, each of another one: 0,1,2")
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", dest="existing", action="store_const", const="resume", help="continue an unfinished run from its last checkpoint")
-    existing.add_argument("--overwrite", dest="existing", action="store_const", const="overwrite", help="start again where a run exists already")
-    arguments = vars(parser.parse_args(argv))
-    existing, seeds = arguments.pop("existing"), arguments.pop("seeds") or [arguments["seed"]]
-    arguments |= {name: value for name, value in PER_DATASET[arguments["dataset"]].items()
-                  if arguments[name] is None and (name != "lr" or arguments["optimizer"] == "sgd")}  # AdamW's lr follows from the teacher
-    if arguments["dataset"] == "folder" and not arguments["data_root"]:
-        fail("--data-root: expected the folder that holds train/good, got none")
-    dataset, category = arguments["dataset"], arguments["category"]
-    with one_sentence():
-        if dataset == "folder":
-            arguments["category"] = Path(arguments["data_root"]).resolve().name
-        elif category is None and len(PAPER_AUROC[dataset]) > 1:
-            raise ValueError(f"--category: expected one of {', '.join(PAPER_AUROC[dataset])}, or all, got none")
-        elif category != "all":
-            arguments["category"] = find_category(dataset, category or "0")
-    for names, words, holds in (("epochs batch_size top_k", "at least 1", lambda value: value >= 1),
-                                ("lr", "more than 0", lambda value: 0 < value < math.inf),
-                                ("holdout", "0 or more and below 1", lambda value: 0 <= value < 1),
-                                ("momentum weight_decay warmup clip_grad lam seed checkpoint_every", "0 or more",
-                                 lambda value: 0 <= value < math.inf)):
-        for name in names.split():
-            if arguments[name] is not None and not holds(arguments[name]):
-                fail(f"--{name.replace('_', '-')}: expected {words}, got {arguments[name]}")
-    return Settings(**arguments), seeds, existing
+    """Command line -> (Settings, seeds, "resume", "overwrite" or None)."""
+    arguments = vars(make_parser().parse_args(argv))
+    existing = arguments.pop("existing")
+    seeds = arguments.pop("seeds") or (arguments["seed"],)
+    defaults = {"weights": TEACHER, **PER_DATASET[arguments["dataset"]]}
+    if arguments["optimizer"] != "sgd":
+        del defaults["lr"]  # AdamW's follows from the teacher
+    for name, value in defaults.items():
+        if arguments[name] is None:
+            arguments[name] = value
+    settings = Settings(**arguments)
+    check(settings)
+    return dataclasses.replace(settings, category=resolve_category(settings)), seeds, existing
+
+
+def check(settings):
+    """Refuse numbers out of their ranges."""
+    ranges = (
+        ("at least 1", lambda x: x >= 1, ("epochs", "batch_size", "top_k")),
+        ("more than 0", lambda x: 0 < x < math.inf, ("lr",)),
+        ("0 or more and below 1", lambda x: 0 <= x < 1, ("holdout",)),
+        (
+            "0 or more",
+            lambda x: 0 <= x < math.inf,
+            ("momentum", "weight_decay", "warmup", "clip_grad", "lam", "seed", "checkpoint_every"),
+        ),
+    )
+    for expected, holds, names in ranges:
+        for name in names:
+            value = getattr(settings, name)
+            if value is not None and not holds(value):
+                raise UserError(f"{runs.flag(name)}: expected {expected}, got {value}")
+
+
+def check_teacher(settings, teacher):
+    """Refuse blocks or patches that the teacher does not have."""
+    limits = (
+        ("layers", settings.layers[-1], len(teacher.blocks) - 1),
+        ("top_k", settings.top_k, teacher.config["grid"] ** 2),
+    )
+    for name, value, most in limits:
+        if value > most:
+            expected = f"at most {most} with this teacher"
+            raise UserError(f"{runs.flag(name)}: expected {expected}, got {value}")
+
+
+def resolve_category(settings):
+    """--category -> the category's name, or "all"."""
+    dataset, category = settings.dataset, settings.category
+    if dataset == "folder":
+        if not settings.data_root:
+            raise UserError("--data-root: expected the folder that holds train/good, got none")
+        return Path(settings.data_root).resolve().name
+    known = CATEGORIES[dataset]
+    if category is None and len(known) > 1:
+        raise UserError(f"--category: expected one of {', '.join(known)}, or all, got none")
+    if category == "all":
+        return category
+    return find_category(dataset, category or "0")
+
+
+# ----------------------------------------------------------------------------------- several runs
 
 
 def run_folder(settings):
-    return Path(settings.out) / settings.dataset / slug(settings.category) / f"seed{settings.seed}"
+    category = slug(settings.category)
+    return Path(settings.out) / settings.dataset / category / f"seed{settings.seed}"
+
+
+def runs_to_do(settings, seeds, existing):
+    """The Settings of each run of a command, without runs that are complete."""
+    categories = [settings.category]
+    if settings.category == "all" and settings.dataset != "folder":
+        categories = CATEGORIES[settings.dataset]
+    todo = []
+    for seed in seeds:
+        for category in categories:
+            run = dataclasses.replace(settings, category=category, seed=seed)
+            if runs.is_complete(run_folder(run), dataclasses.asdict(run), existing):
+                print(f"{run_folder(run)}: complete, nothing to do; --overwrite starts it again")
+            else:
+                todo.append(run)
+    if todo and settings.dataset in ("mvtec", "folder"):
+        there = [
+            (Path(settings.data_root) / category / "train").is_dir() for category in categories
+        ]
+        if not any(there):  # say what is missing before anything long begins
+            train_files(settings.dataset, settings.data_root, categories[0])
+    return todo
+
+
+def train_all(todo, teacher, device, resume):
+    """Each run in turn. One that fails says why, and does not stop the others."""
+    failed = []
+    for i, settings in enumerate(todo):
+        try:
+            train(settings, teacher, device, resume, runs_after=len(todo) - 1 - i)
+        except (UserError, OSError) as error:
+            if len(todo) == 1:
+                raise
+            runs.complain(error)
+            failed.append(str(run_folder(settings)))
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(todo)} runs failed, for the reasons above: {', '.join(failed)}"
+        )
+
+
+def set_up(settings):
+    """What holds for the whole process, on CUDA: determinism and TF32; -> the device."""
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(settings.deterministic)
+    runs.set_tf32(settings.precision)
+    return runs.pick_device(settings.device)
+
+
+@runs.script
+def main(argv):
+    settings, seeds, existing = parse(argv)
+    todo = runs_to_do(settings, seeds, existing)
+    if not todo:
+        return
+    device = set_up(settings)
+    teacher = runs.load_teacher(ensure_weights(settings.weights))
+    check_teacher(settings, teacher)
+    train_all(todo, teacher, device, resume=existing == "resume")
+
+
+# ------------------------------------------------------------------------------ the teacher's cache
+
+
+class TeacherCache:
+    """The teacher's features of the training images.
+
+    They never change: the teacher is frozen and nothing is augmented. The first epoch computes
+    them, later ones look them up, so that a step costs three forwards instead of four.
+
+    n x layers x (1 + P) x D values of 4 bytes, or 2 under bf16, are kept in the first of PLACES
+    that leaves half of what is free: the device's memory, the host's, a memory-mapped file in
+    `folder`, or nowhere. `place` forces one.
+    """
+
+    PLACES = ("device", "host", "disk", "off")
+
+    def __init__(self, model, images, device, folder, place=None):
+        config = model.teacher.config
+        self.model = model
+        self.dtype = torch.bfloat16 if model.precision == "bf16" else torch.float32
+        shape = (images, len(model.layers), 1 + config["grid"] ** 2, config["width"])
+        self.bytes = math.prod(shape) * self.dtype.itemsize
+        if place is None:
+            fits = [p for p in self.PLACES if self.bytes <= free_bytes(p, device, folder) / 2]
+            place = fits[0]
+        self.place = place
+        self.known = torch.zeros(images, dtype=torch.bool)
+        if place == "disk":
+            self.store = mapped_tensor(folder, shape, self.dtype)
+        elif place != "off":
+            self.store = torch.empty(
+                shape, dtype=self.dtype, device=device if place == "device" else "cpu"
+            )
+
+    def __call__(self, index, images):
+        """t of `images`, uint8 (B, 3, s, s). `index` (B,), on the CPU: which images they are."""
+        if self.place == "off":
+            features = self.model.teach(images)
+            return {c: x.to(self.dtype).float() for c, x in features.items()}
+        at = index.to(self.store.device)
+        if self.known[index].all():
+            t = self.store[at].to(images.device, non_blocking=True)  # (B, layers, 1 + P, D)
+        else:
+            t = torch.stack(list(self.model.teach(images).values()), dim=1).to(self.dtype)
+            self.store[at] = t.to(self.store.device)
+            self.known[index] = True
+        return dict(zip(self.model.layers, t.float().unbind(1), strict=True))
+
+
+def mapped_tensor(folder, shape, dtype):
+    """A tensor in a memory-mapped file. The file has no name, and goes with the process."""
+    size = math.prod(shape)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash later
+            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
+
+
+def free_bytes(place, device, folder=None):
+    """Free memory of the device, the host, or the disk below `folder`; "off" needs none."""
+    if place == "device":
+        on_gpu = "cuda" in device  # a CPU's memory is the host's
+        return torch.cuda.mem_get_info(device)[0] if on_gpu else 0
+    if place == "host":
+        if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return 8 << 30
+    if place == "disk":
+        return shutil.disk_usage(folder).free
+    return math.inf
+
+
+# ---------------------------------------------------------------------------------- the yardstick
+
+
+@torch.no_grad()
+def measure_held_out(model, batches):
+    """How far the student has come: two distances per layer, (layers,) each, on held-out images.
+
+    batches: [(images, t), ...]. A distance is the mean of 1 - cosine over the tokens, 0 to 2, so it
+    means the same for every reading, optimiser and length.
+      student: between teacher and student.
+      layout:  between the teacher and the mean of its tokens at each position, over all images:
+               1 - R, where R^2 is the mean cosine of two images' tokens at one position.
+    A student nearer than the layout at every layer has learnt more than what all images share.
+    """
+    student = 0
+    sums = dict.fromkeys(model.layers, 0)
+    n = 0
+    for images, t in batches:
+        s = model.features(model.student, images)
+        n += len(images)
+        distances = [(1 - F.cosine_similarity(t[c], s[c], dim=-1)).mean(dim=1).sum() for c in t]
+        student = student + torch.stack(distances)
+        sums = {c: sums[c] + F.normalize(t[c], dim=-1).sum(dim=0) for c in t}  # (T, D)
+    pairs = max(n * (n - 1), 1)
+    cosines = [(x.square().sum(dim=-1) - n) / pairs for x in sums.values()]  # (T,) per layer
+    layout = [(1 - x.clamp(min=0).sqrt()).mean() for x in cosines]
+    return student / n, torch.stack(layout)
+
+
+# ------------------------------------------------------------------------------------------ one run
 
 
 def learning_rate(step, steps, peak, settings):
     """Linear warm-up to the peak, then a cosine down to 0 over the remaining steps, or constant."""
     if step < settings.warmup:
         return peak * (step + 1) / settings.warmup
-    done = 0 if settings.decay == "constant" else (step - settings.warmup) / (steps - settings.warmup)
+    if settings.decay == "constant":
+        return peak
+    done = (step - settings.warmup) / (steps - settings.warmup)
     return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
-class Progress:
-    """Means over the steps since the last line: to log.jsonl, and shown, on one line that updates in a terminal, a line an epoch elsewhere."""
+def hold_out(settings, n):
+    """n training images -> indices (sorted) of those to train on, and of those held out.
 
-    def __init__(self, file, steps, step, more):
-        self.file, self.steps, self.first, self.more = file, steps, step, more
-        self.sums, self.images, self.count = {}, 0, 0
-        self.start = self.last = time.perf_counter()
+    The same images are held out whatever the seed.
+    """
+    name = f"{settings.dataset}/{settings.category}"
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    shuffled = torch.randperm(n, generator=generator)
+    held_out, kept = shuffled.tensor_split([round(settings.holdout * n)])
+    return kept.sort().values, held_out.sort().values
+
+
+def make_optimizer(settings, parameters, peak, device):
+    fused = "cuda" in device  # on a CPU it is no faster
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            peak,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            fused=fused,
+        )
+    return torch.optim.AdamW(parameters, peak, weight_decay=settings.weight_decay, fused=fused)
+
+
+class StopSignals:
+    """The first Ctrl-C or SIGTERM ends training after the current step, the second at once."""
+
+    def __enter__(self):
+        self.number = None
+        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """Means over the steps since the last line, to log.jsonl and to the terminal."""
+
+    def __init__(self, file, steps, step, runs_after):
+        self.file = file
+        self.steps = steps
+        self.first = step
+        self.runs_after = runs_after
+        self.begun = time.perf_counter()
+        self.start_line()
+
+    def start_line(self):
+        self.sums = {}
+        self.images = 0
+        self.count = 0
+        self.line_begun = time.perf_counter()
 
     def add(self, terms, images):
-        """Take in one step; nothing waits for the device."""
-        self.sums = {name: self.sums.get(name, 0) + value.detach() for name, value in terms.items()}
-        self.images, self.count = self.images + images, self.count + 1
+        """Take in one step. Nothing waits for the device."""
+        self.sums = {name: self.sums.get(name, 0) + x.detach() for name, x in terms.items()}
+        self.images += images
+        self.count += 1
 
     def log(self, epoch, step, lr, epoch_ends):
         """Write a line; -> whether every loss is finite."""
-        means, now = {name: float(value) / self.count for name, value in self.sums.items()}, time.perf_counter()
-        rate, pace = self.images / (now - self.last), (now - self.start) / (step - self.first)
-        left = pace * (self.steps - step)
-        self.file.write(json.dumps({"epoch": epoch, "step": step, "lr": lr, **means, "images_per_s": round(rate, 1)}) + "\n")
-        line = (f"epoch {epoch} step {step}/{self.steps} " + " ".join(f"{name} {value:.3f}" for name, value in means.items())
-                + f" {rate:.1f} images/s {int(left) // 60}:{int(left) % 60:02d} left")
-        if self.more and step - self.first <= LOG_EVERY:
-            minutes = round((left + pace * self.steps * self.more) / 60)
-            print(f"this run and {self.more} more like it: about {minutes // 60}:{minutes % 60:02d} h", flush=True)
-        if sys.stdout.isatty():
-            print(f"\r\033[K{line}", end="\n" if step == self.steps else "", flush=True)
-        elif epoch_ends:
-            print(line, flush=True)
-        self.sums, self.images, self.count, self.last = {}, 0, 0, now
+        means = {name: float(value) / self.count for name, value in self.sums.items()}
+        now = time.perf_counter()
+        rate = self.images / (now - self.line_begun)
+        seconds_a_step = (now - self.begun) / (step - self.first)
+        left = seconds_a_step * (self.steps - step)
+        self.write(
+            {"epoch": epoch, "step": step, "lr": lr, **means, "images_per_s": round(rate, 1)}
+        )
+        if self.runs_after and step - self.first <= LOG_EVERY:
+            all_left = left + seconds_a_step * self.steps * self.runs_after
+            hours, minutes = divmod(round(all_left / 60), 60)
+            time_left = f"about {hours}:{minutes:02d} h"
+            print(f"this run and {self.runs_after} more like it: {time_left}", flush=True)
+        shown = " ".join(f"{name} {value:.3f}" for name, value in means.items())
+        minutes, seconds = divmod(int(left), 60)
+        line = f"epoch {epoch} step {step}/{self.steps} {shown} {rate:.1f} images/s"
+        self.show(f"{line} {minutes}:{seconds:02d} left", epoch_ends, ended=step == self.steps)
+        self.start_line()
         return math.isfinite(sum(means.values()))
 
+    def show(self, line, epoch_ends, ended):
+        """In a terminal one line that is written over, elsewhere a line per epoch."""
+        if sys.stdout.isatty():
+            print(f"\r\033[K{line}", end="\n" if ended else "", flush=True)
+        elif epoch_ends:
+            print(line, flush=True)
 
-def main(settings, seeds, existing, teacher=None):
-    categories = [settings.category] if settings.category != "all" or settings.dataset == "folder" else list(PAPER_AUROC[settings.dataset])
-    todo = []
-    with one_sentence():
-        for one in (dataclasses.replace(settings, category=category, seed=seed) for seed in seeds for category in categories):
-            if is_complete(run_folder(one), dataclasses.asdict(one), existing):
-                print(f"{run_folder(one)}: complete, nothing to do; --overwrite starts it again")
-            else:
-                todo.append(one)
-        if not todo:
+    def write(self, values):
+        self.file.write(json.dumps(values) + "\n")
+
+
+class Training:
+    """One run. Its parts in their order: the images, the folder, the model, the loop, delta."""
+
+    def __init__(self, settings, teacher, device, resume):
+        self.settings = settings
+        self.teacher = teacher
+        self.device = device
+        self.step = 0
+        self.folder = run_folder(settings)
+        self.checkpoint = self.folder / "checkpoint.safetensors"
+        self.log_file = self.folder / "log.jsonl"
+        self.resume = resume and self.checkpoint.is_file()
+
+        # Images: which to train on, and how often.
+        split = train_split(
+            settings.dataset, settings.data_root, settings.category, teacher.image_size
+        )
+        self.images = split.images
+        self.kept, self.held_out = hold_out(settings, len(self.images))
+        self.steps_per_epoch = math.ceil(len(self.kept) / settings.batch_size)
+        self.epochs = settings.epochs or math.ceil(STEPS / self.steps_per_epoch)
+        self.steps = self.epochs * self.steps_per_epoch
+        # AdamW moves each weight by about the learning rate, so a sum over D inputs by up to D
+        # times that: results/recipe.md, "Width".
+        self.peak = settings.lr or min(1e-3, 0.192 / teacher.config["width"])
+
+        # The seed depends on which run this is, not on what ran before.
+        name = f"{settings.dataset}/{settings.category}/{settings.seed}"
+        self.seed = zlib.crc32(name.encode())
+
+    def open_folder(self):
+        """Begin the run's folder, or go on in it."""
+        self.made = runs.provenance(self.device)
+        if self.resume:
+            runs.resume_run(self.folder, self.teacher.sha256, self.made)
             return
-        if settings.dataset in ("mvtec", "folder") and not any((Path(settings.data_root) / one / "train").is_dir() for one in categories):
-            train_files(settings.dataset, settings.data_root, categories[0])  # says what is missing before anything long begins
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
-    import torch
+        facts = {
+            "settings": dataclasses.asdict(self.settings),
+            "teacher": {"sha256": self.teacher.sha256, **self.teacher.metadata},
+            "images": len(self.images),
+            "epochs": self.epochs,
+            "lr": self.peak,
+        }
+        runs.begin_run(self.folder, {**facts, **self.made})
 
-    from vit import load_vit, pick_device
-    from weights.download import weights_file
+    def build_model(self):
+        """Teacher, student, anchor; the teacher's cache; the optimiser."""
+        settings, teacher, device = self.settings, self.teacher, self.device
+        torch.manual_seed(self.seed)
+        without = settings.without.split(",") if settings.without else ()
+        model = runs.build(teacher, dataclasses.asdict(settings), without=without)
+        self.model = model.to(device)
+        self.cache = TeacherCache(
+            self.model, len(self.images), device, folder=self.folder, place=settings.cache
+        )
+        if self.images.nbytes <= free_bytes("device", device) / 4:
+            self.images = self.images.to(device)
+        self.loss_terms = self.model.loss_terms
+        if settings.compile:
+            # CUDA graphs: launching a step of 4 images takes longer than its work. The last,
+            # smaller batch gets a graph of its own.
+            self.loss_terms = torch.compile(self.loss_terms, mode="reduce-overhead", dynamic=False)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(settings, self.parameters, self.peak, device)
 
-    with one_sentence():
-        device = pick_device(settings.device, settings.precision)
-        torch.use_deterministic_algorithms(settings.deterministic)
-        teacher = teacher or load_vit(weights_file(settings.weights))
-        for name, value, most in (("layers", settings.layers[-1], len(teacher.blocks) - 1), ("top-k", settings.top_k, teacher.config["grid"] ** 2)):
-            if value > most:
-                raise ValueError(f"--{name}: expected at most {most} with this teacher, got {value}")
-    failed = []
-    for more, one in zip(reversed(range(len(todo))), todo):
-        try:
-            try:
-                train(one, teacher, device, existing == "resume", more)
-            except torch.OutOfMemoryError:
-                fail(f"{run_folder(one)}: expected a batch that fits the memory of {device}, got --batch-size {one.batch_size} with --precision "
-                     f"{one.precision}: try a smaller one, or bf16; the last checkpoint is kept")
-        except SystemExit as end:
-            if end.code != 2:  # stopped, which means all of them
-                raise
-            failed.append(str(run_folder(one)))
-    if failed:
-        if len(todo) > 1:
-            print(f"{len(failed)} of {len(todo)} runs failed, for the reasons above: {', '.join(failed)}", file=sys.stderr)
-        sys.exit(2)
+    def order(self, epoch):
+        """The training images in the order of an epoch, which seed and epoch alone decide."""
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return self.kept[torch.randperm(len(self.kept), generator=generator)]
 
+    def batches(self, index, size):
+        """Images by their indices -> batches (uint8 images, the teacher's features)."""
+        for part in index.split(size):
+            images = self.images[part.to(self.images.device)].to(self.device)
+            yield images, self.cache(part, images)
 
-def train(settings, teacher, device, resume, more):
-    """One run, from the training images to the run folder; `more` are to come after it."""
-    import torch
+    def announce(self):
+        teacher = self.teacher.metadata.get("name", self.settings.weights)
+        megabytes = f"{self.cache.bytes / 1e6:,.0f} MB"
+        print(
+            f"{self.folder}: {len(self.kept)} normal images, {self.epochs} epochs of "
+            f"{self.steps_per_epoch} steps, on {self.made['device']}, teacher {teacher}, "
+            f"its features ({megabytes}) kept: {self.cache.place}"
+        )
 
-    from vitad import Distillation, TeacherCache, free_bytes
+    def continue_from_checkpoint(self):
+        """Step, model, optimiser and log as they were; and what the first epoch had cached."""
+        self.step = runs.load_checkpoint(self.checkpoint, self.model, self.optimizer)
+        lines = [line for step, line in runs.read_log(self.log_file) if step <= self.step]
+        runs.write_text(self.log_file, "".join(lines))
+        print(f"{self.folder}: continues after step {self.step} of {self.steps}")
+        if self.cache.place != "off":
+            # The same features to the last bit: computed in the batches of the first epoch.
+            size = self.settings.batch_size
+            for _ in self.batches(self.order(1)[: self.step * size], size):
+                pass
 
-    run = run_folder(settings)
-    checkpoint, log = run / "checkpoint.safetensors", run / "log.jsonl"
-    resume = resume and checkpoint.is_file()
-    with one_sentence():
-        images = train_split(settings.dataset, settings.data_root, settings.category, teacher.image_size).images
-        # The same images are held out whatever the seed.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{settings.dataset}/{settings.category}".encode()))
-        shuffled = torch.randperm(len(images), generator=generator)
-        held_out, kept = (part.sort().values for part in shuffled.tensor_split([round(settings.holdout * len(images))]))
-        steps_per_epoch = math.ceil(len(kept) / settings.batch_size)
-        epochs = settings.epochs or math.ceil(STEPS / steps_per_epoch)
-        steps, step = epochs * steps_per_epoch, 0
-        # AdamW moves every weight by about the learning rate, and so a sum over D inputs by up to D times that: README, "Width".
-        peak = settings.lr or min(1e-3, 0.192 / teacher.config["width"])
-        made_with = provenance(device)
-        open_run(run, {"settings": dataclasses.asdict(settings), "teacher": {"sha256": teacher.sha256, **teacher.metadata},
-                       "images": len(images), "epochs": epochs, "lr": peak}, made_with, resume)
+    def loop(self, progress, stop):
+        settings, optimizer = self.settings, self.optimizer
+        size = settings.batch_size
+        saved = time.monotonic()
+        for epoch in range(self.step // self.steps_per_epoch + 1, self.epochs + 1):
+            done = self.step % self.steps_per_epoch  # steps of this epoch, if it was interrupted
 
-    # The seed of a run depends on which run it is, not on what ran before.
-    seed = zlib.crc32(f"{settings.dataset}/{settings.category}/{settings.seed}".encode())
-    torch.manual_seed(seed)
-    model = Distillation(teacher, settings.layers, settings.distance, settings.pos_embed, settings.anchor, settings.lam,
-                         settings.top_k, settings.precision, settings.without or ()).to(device)
-    with one_sentence():
-        cache = TeacherCache(model, len(images), device, run, settings.cache)
-    if images.nbytes <= free_bytes("device", device) / 4:
-        images = images.to(device)
-    # "reduce-overhead" is CUDA graphs: the launches of a step of 4 images take longer than its work. One graph for the last, smaller batch.
-    loss_terms = torch.compile(model.loss_terms, mode="reduce-overhead", dynamic=False) if settings.compile else model.loss_terms
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = {"sgd": partial(torch.optim.SGD, momentum=settings.momentum), "adamw": torch.optim.AdamW}[settings.optimizer](
-        parameters, peak, weight_decay=settings.weight_decay, fused="cuda" in device)  # on a CPU it is no faster
-
-    def batches(index, size):
-        for batch in index.split(size):
-            x = images[batch.to(images.device)].to(device)
-            yield x, cache(batch, x)
-
-    def order(epoch):
-        return kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed + epoch))]
-
-    print(f"{run}: {len(kept)} normal images, {epochs} epochs of {steps_per_epoch} steps, on {made_with['device']}, "
-          f"teacher {teacher.metadata.get('name', settings.weights)}, its features ({cache.bytes / 1e6:,.0f} MB) kept: {cache.where}")
-    if resume:
-        with one_sentence():
-            step = load_checkpoint(checkpoint, model, optimizer)
-            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
-            with atomic(log) as temporary:
-                temporary.write_text("".join(lines))
-        print(f"{run}: continues after step {step} of {steps}")
-        if cache.where != "off":
-            for _ in batches(order(1)[:step * settings.batch_size], settings.batch_size):
-                pass  # the features are kept as the first epoch computed them, in its batches, to the last bit
-    stopped = []  # the number of Ctrl-C or SIGTERM, for the loop to end after its step; a second one ends at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: (stopped.append(number), signal.signal(number, signal.SIG_DFL)))
-    with one_sentence(OSError), open(log, "a", buffering=1) as file:
-        progress, saved = Progress(file, steps, step, more), time.monotonic()
-        for epoch in range(step // steps_per_epoch + 1, epochs + 1):
-            for x, t in batches(order(epoch)[step % steps_per_epoch * settings.batch_size:], settings.batch_size):
-                lr = learning_rate(step, steps, peak, settings)
+            # Batch: images, and the teacher's features of them.
+            for images, t in self.batches(self.order(epoch)[done * size :], size):
+                # Learning rate.
+                lr = learning_rate(self.step, self.steps, self.peak, settings)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                if epoch == 1 or settings.anchor == "ema":  # Eq. 1 is complete after one pass; only an EMA goes on
-                    model.update_anchor(t)
-                terms = loss_terms(x, t)
+
+                # Anchor, Eq. 1. After one epoch the mean is complete; only an EMA goes on.
+                if epoch == 1 or settings.anchor == "ema":
+                    self.model.update_anchor(t)
+
+                # Losses, Eqs. 2 to 6.
+                terms = self.loss_terms(images, t)
+
+                # Step.
                 optimizer.zero_grad()
                 terms["loss"].backward()
                 if settings.clip_grad:
-                    torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad)
+                    torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_grad)
                 optimizer.step()
-                step += 1
-                progress.add(terms, len(x))
-                epoch_ends = step % steps_per_epoch == 0
-                if not (step % LOG_EVERY == 0 or epoch_ends or stopped):
-                    continue
-                due = stopped or time.monotonic() - saved >= settings.checkpoint_every
-                # The last step can break the weights unseen by its loss; a checkpoint must not hold them.
-                if not progress.log(epoch, step, lr, epoch_ends) or (due or step == steps) and not all(p.isfinite().all() for p in parameters):
-                    saved = f"{checkpoint} holds the last good step that was saved" if checkpoint.exists() else "nothing was saved before"
-                    fail(f"{run}: the loss stopped being finite by step {step} in epoch {epoch}; {saved}; try --clip-grad 1 or a lower --lr")
-                if epoch_ends and len(held_out):
-                    student, layout = model.yardstick(batches(held_out, EVAL_BATCH))
-                    file.write(json.dumps({"epoch": epoch, "step": step, "held_out_mean": student.mean().item(), "held_out": student.tolist(),
-                                           "layout": layout.tolist(), "converged": bool((student < layout).all())}) + "\n")
-                    print(f"held out: distance to the teacher {student.mean():.4f}, of the layout {layout.mean():.4f}: "
-                          f"{'converged' if (student < layout).all() else 'not converged'}", flush=True)
-                if due:
-                    save_checkpoint(checkpoint, model, optimizer, step)
-                    saved = time.monotonic()
-                if stopped:
-                    print(f"\n{run}: stopped after step {step} of {steps}; --resume continues from there", file=sys.stderr)
-                    sys.exit(128 + stopped[0])
+                self.step += 1
 
-        # delta of Eq. 10, from images held out, or else from the training images themselves: optimistic, since the student has seen them.
-        parts = [model.scores(x, t) for x, t in batches(held_out if len(held_out) else kept, EVAL_BATCH)]
+                # Log: every ten steps, at an epoch's end, and before stopping.
+                progress.add(terms, len(images))
+                epoch_ends = self.step % self.steps_per_epoch == 0
+                if not (self.step % LOG_EVERY == 0 or epoch_ends or stop.number):
+                    continue
+                finite = progress.log(epoch, self.step, lr, epoch_ends)
+                old_enough = time.monotonic() - saved >= settings.checkpoint_every
+                due = old_enough or stop.number is not None
+                self.check_finite(finite, epoch, weights_too=due or self.step == self.steps)
+                if epoch_ends and len(self.held_out):
+                    self.measure(progress, epoch)
+
+                # Checkpoint, where a line was logged and the last one is old enough.
+                if due:
+                    runs.save_checkpoint(self.checkpoint, self.model, optimizer, self.step)
+                    saved = time.monotonic()
+                if stop.number:
+                    at = f"stopped after step {self.step} of {self.steps}"
+                    text = f"{self.folder}: {at}; --resume continues from there"
+                    raise runs.Stopped(stop.number, text)
+
+    def check_finite(self, losses_finite, epoch, weights_too):
+        """Before a checkpoint the weights too: a step can break them after its loss was finite."""
+        weights_finite = not weights_too or all(p.isfinite().all() for p in self.parameters)
+        if losses_finite and weights_finite:
+            return
+        kept = "nothing was saved before"
+        if self.checkpoint.exists():
+            kept = f"{self.checkpoint} holds the last good step that was saved"
+        raise UserError(
+            f"{self.folder}: the loss stopped being finite by step {self.step} in epoch {epoch}; "
+            f"{kept}; try --clip-grad 1 or a lower --lr"
+        )
+
+    def measure(self, progress, epoch):
+        """The yardstick, at an epoch's end: to the log and the terminal."""
+        student, layout = measure_held_out(self.model, self.batches(self.held_out, EVAL_BATCH))
+        converged = bool((student < layout).all())
+        progress.write(
+            {
+                "epoch": epoch,
+                "step": self.step,
+                "held_out_mean": student.mean().item(),
+                "held_out": student.tolist(),
+                "layout": layout.tolist(),
+                "converged": converged,
+            }
+        )
+        print(
+            f"held out: distance to the teacher {student.mean():.4f}, of the layout "
+            f"{layout.mean():.4f}: {'converged' if converged else 'not converged'}",
+            flush=True,
+        )
+
+    def calibrate(self, progress):
+        """delta of Eq. 10 from images held out, or else from the training images themselves.
+
+        The latter is optimistic: the student has seen them. -> what to say of it.
+        """
+        held_out = len(self.held_out) > 0
+        index = self.held_out if held_out else self.kept
+        parts = [self.model.scores(x, t) for x, t in self.batches(index, EVAL_BATCH)]
         scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        model.calibrate(scores)
-        file.write(json.dumps({"step": step, "delta": model.delta.item(), "images": len(scores["score"]), "held_out": len(held_out) > 0,
-                               **{name: {"mean": x.mean().item(), "std": x.std(correction=0).item()} for name, x in scores.items()}}) + "\n")
-    save_tensors(model.learned_state(), run / "model.safetensors")
-    checkpoint.unlink(missing_ok=True)
-    print(f"{run}: done; {'images held out' if len(held_out) else 'the training images'} score {scores['score'].mean():.2f} on average, "
-          f"delta is {model.delta:.2f}; next: python evaluate.py {shlex.quote(str(run))}")
-    if stopped:  # too late to stop this run; the next one of --category all does not begin
-        sys.exit(128 + stopped[0])
+        self.model.calibrate(scores)
+        spread = {
+            name: {"mean": x.mean().item(), "std": x.std(correction=0).item()}
+            for name, x in scores.items()
+        }
+        progress.write(
+            {
+                "step": self.step,
+                "delta": self.model.delta.item(),
+                "images": len(index),
+                "held_out": held_out,
+                **spread,
+            }
+        )
+        source = "images held out" if held_out else "the training images"
+        mean = scores["score"].mean()
+        return f"{source} score {mean:.2f} on average, delta is {self.model.delta:.2f}"
+
+
+def train(settings, teacher, device, resume=False, runs_after=0):
+    """One run, from the training images to model.safetensors in its folder.
+
+    runs_after: how many more the command has, for the estimate of the time.
+    """
+    try:
+        training = Training(settings, teacher, device, resume)
+        training.open_folder()
+        training.build_model()
+        training.announce()
+        if training.resume:
+            training.continue_from_checkpoint()
+        with StopSignals() as stop, open(training.log_file, "a", buffering=1) as file:
+            progress = Progress(file, training.steps, training.step, runs_after)
+            training.loop(progress, stop)
+            outcome = training.calibrate(progress)
+            state = training.model.learned_state()
+            runs.write_tensors(training.folder / "model.safetensors", state)
+            training.checkpoint.unlink(missing_ok=True)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{run_folder(settings)}: expected a batch that fits the memory of {device}, got "
+            f"--batch-size {settings.batch_size} with --precision {settings.precision}: "
+            f"try a smaller one, or bf16; the last checkpoint is kept"
+        ) from None
+    next_command = f"python evaluate.py {shlex.quote(str(training.folder))}"
+    print(f"{training.folder}: done; {outcome}; next: {next_command}")
+    if stop.number:  # too late to stop this run; the next one does not begin
+        raise runs.Stopped(stop.number, f"{training.folder}: complete; no other run is begun")
 
 
 if __name__ == "__main__":
-    main(*parse(sys.argv[1:]))
+    sys.exit(main())

@@ -1,12 +1,13 @@
-"""The Vision Transformer, from scratch: the teacher and the student of vitad.
+"""The Vision Transformer: the network of teacher and student, and how its weights are loaded.
 
-An image is cut into P patches; each becomes a token of width D by one linear projection, a class token is put in front,
-a position embedding is added, and M encoder blocks follow (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words").
-Parameters carry timm's names, so a public checkpoint loads strictly and without a table of models; `weights/convert.py` turns
-the other public layouts into this one.
+An image is cut into P patches. A linear projection turns each patch into a token of width D. A
+class token is put in front, a position embedding is added, and M encoder blocks follow (Dosovitskiy
+et al. 2021, "An Image is Worth 16x16 Words"). Parameters carry timm's names, so that public
+checkpoints load strictly. `weights/convert.py` turns other layouts into this one.
 
-Shapes: B images, T = 1 + P tokens (class token first), D width, H heads.
+Shapes: B images, T = 1 + P tokens (class token first), D width, H heads, S pixels a side.
 """
+
 import hashlib
 import json
 import math
@@ -17,8 +18,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LAYER_NORM_EPS = 1e-6  # of every ImageNet ViT; torch's default 1e-5 moves DeiT-Tiny's features by 2e-4 of their size
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# Every ImageNet ViT has it. torch's default 1e-5 moves DeiT-Tiny's features by 2e-4 of their size.
+LAYER_NORM_EPS = 1e-6
 
 
 def quick_gelu(x):
@@ -30,10 +33,10 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}  # F.gelu is the exact 
 
 
 class PatchEmbed(nn.Module):
-    """Cut into patches and project each: a convolution whose stride is its kernel size. In float32 under autocast too.
+    """Cut into patches and project each one: a convolution whose stride is its kernel size.
 
-    Learnt filters all but cancel a patch's mean colour, and bf16 would round before they do: at block 11 that alone moves CLIP's features by
-    12 % of their size, DINOv2's by 3 %, DeiT-Tiny's by 7 %; all other products together by 2, 2 and 3 %. It is 0.7 % of ViT-B/16's products.
+    It stays in float32 under autocast. In bf16 its rounding alone moves the features of block 11 by
+    3 to 12 % of their size (DINOv2, CLIP), all other products together by 2 %.
     """
 
     def __init__(self, width, patch):
@@ -42,11 +45,15 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images):
         with torch.autocast(images.device.type, enabled=False):
-            return self.proj(images).flatten(2).transpose(1, 2)  # (B, 3, S, S) -> (B, D, g, g) -> (B, P, D)
+            x = self.proj(images)  # (B, 3, S, S) -> (B, D, grid, grid)
+        return x.flatten(2).transpose(1, 2)  # (B, P, D)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, softmax(q k^T / sqrt(D / H)) v; q, k and v come from one joined projection, in this order."""
+    """Multi-head self-attention, softmax(q k^T / sqrt(D / H)) v.
+
+    One projection gives q, k and v, in this order.
+    """
 
     def __init__(self, width, heads):
         super().__init__()
@@ -56,13 +63,14 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).reshape(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D/H)
+        qkv = self.qkv(x).reshape(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D/H)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, D/H)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an activation between, on every token alone."""
+    """Two linear layers with an activation between them, on each token alone."""
 
     def __init__(self, width, hidden, activation):
         super().__init__()
@@ -75,7 +83,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One encoder block, pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). Its output is phi_c of the paper."""
+    """One encoder block, pre-norm. Its output is phi_c of the paper."""
 
     def __init__(self, width, heads, hidden, activation, eps):
         super().__init__()
@@ -90,34 +98,61 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """A Vision Transformer; the defaults are ViT-Base/16 at 224 x 224 without classifier.
+    """A Vision Transformer. The defaults are ViT-Base/16 at 224 x 224 without classifier.
 
-    width D, depth M, heads H, patch size in pixels, grid = patches per side (P = grid^2), hidden = MLP width,
-    classes > 0 adds the linear head, norm_pre adds a LayerNorm after the position embedding (CLIP), eps is every LayerNorm's.
-    mean, std: the normalisation that the weights were trained with, on a 0 to 1 scale.
+    width D, depth M, heads H, patch (pixels a side), grid (patches a side, P = grid^2).
+    hidden: width of the MLPs. classes: outputs of the linear head, 0 for none.
+    norm_pre: a LayerNorm after the position embedding (CLIP has one). eps: of every LayerNorm.
+    mean, std: how images were normalised for these weights, on a scale from 0 to 1.
     """
 
-    def __init__(self, width=768, depth=12, heads=12, patch=16, grid=14, hidden=3072, classes=0, norm_pre=False,
-                 activation="gelu", eps=LAYER_NORM_EPS, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    def __init__(
+        self,
+        width=768,
+        depth=12,
+        heads=12,
+        patch=16,
+        grid=14,
+        hidden=3072,
+        classes=0,
+        norm_pre=False,
+        activation="gelu",
+        eps=LAYER_NORM_EPS,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    ):
         super().__init__()
-        # What makes a network of the same architecture: ViT(**teacher.config) is a student.
-        self.config = dict(width=width, depth=depth, heads=heads, patch=patch, grid=grid, hidden=hidden,
-                           norm_pre=norm_pre, activation=activation, eps=eps, mean=mean, std=std)
+        # ViT(**teacher.config) is a student: the same architecture, without the head.
+        self.config = {
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "patch": patch,
+            "grid": grid,
+            "hidden": hidden,
+            "norm_pre": norm_pre,
+            "activation": activation,
+            "eps": eps,
+            "mean": mean,
+            "std": std,
+        }
         self.image_size = patch * grid
         self.patch_embed = PatchEmbed(width, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, width))
         self.norm_pre = nn.LayerNorm(width, eps) if norm_pre else nn.Identity()
-        self.blocks = nn.ModuleList(Block(width, heads, hidden, activation, eps) for _ in range(depth))
+        blocks = [Block(width, heads, hidden, activation, eps=eps) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, eps)
         self.head = nn.Linear(width, classes) if classes else None
-        # Buffers outside the state dict; their explicit device keeps them real when load_vit builds the rest on "meta".
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32, device="cpu").view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32, device="cpu").view(3, 1, 1), persistent=False)
+        # Their device is explicit, so that they are real where load_vit builds the rest on "meta".
+        for name, values in (("mean", mean), ("std", std)):
+            values = torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
         self.initialise()
 
     def initialise(self):
-        """Truncated normal with deviation 0.02, zero bias: the usual ViT initialisation. LayerNorms stay at 1 and 0."""
+        """Truncated normal with deviation 0.02 and zero bias, the usual initialisation of a ViT."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -126,38 +161,51 @@ class ViT(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def prepare(self, images):
-        """uint8 images (B, 3, s, s) of any size -> what the weights expect, (B, 3, S, S): enlarged (bicubic), (x / 255 - mean) / std."""
+        """uint8 images (B, 3, size, size) -> the network's input (B, 3, S, S).
+
+        Resized to S x S (bicubic), scaled to 0..1, normalised with mean and std.
+        """
         images = images.to(self.mean.dtype)
         if images.shape[-1] != self.image_size:
-            # antialias=True is Pillow's bicubic kernel, the one that `data.read_image` resizes with
-            images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", antialias=True).clamp(0, 255)
+            # antialias=True is Pillow's bicubic kernel, with which data.read_image resizes too.
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 255)
         return (images / 255 - self.mean) / self.std
 
     def forward(self, images, layers):
-        """Normalised images (B, 3, S, S) -> {c: output of block c (B, 1 + P, D) for c in layers}.
+        """Prepared images (B, 3, S, S) -> {c: output of block c, (B, 1 + P, D), for c in layers}.
 
-        Blocks count from 0; their outputs are taken before the final LayerNorm; no block past the last one asked for is computed.
+        Blocks count from 0. Outputs are taken before the final LayerNorm. Blocks after the last
+        one asked for are not computed.
         """
-        if images.ndim != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(f"expected images of shape (B, 3, {self.image_size}, {self.image_size}), got {tuple(images.shape)}")
+        expected = (3, self.image_size, self.image_size)
+        if images.ndim != 4 or images.shape[1:] != expected:
+            size = self.image_size
+            raise ValueError(
+                f"expected images of shape (B, 3, {size}, {size}), got {tuple(images.shape)}"
+            )
         if not layers or not set(layers) <= set(range(len(self.blocks))):
-            raise ValueError(f"expected layers between 0 and {len(self.blocks) - 1}, got {tuple(layers)}")
+            last = len(self.blocks) - 1
+            raise ValueError(f"expected layers between 0 and {last}, got {tuple(layers)}")
         x = self.patch_embed(images)  # (B, P, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + P, D)
         x = self.norm_pre(x + self.pos_embed)
         features = {}
-        for c, block in enumerate(self.blocks[:max(layers) + 1]):
+        for c, block in enumerate(self.blocks[: max(layers) + 1]):
             x = block(x)
             if c in layers:
                 features[c] = x
         return features
 
     def classify(self, images):
-        """Normalised images (B, 3, S, S) -> logits (B, classes): the head on the normed class token of the last block."""
+        """Prepared images (B, 3, S, S) -> logits (B, classes), from the last class token."""
         if self.head is None:
             raise ValueError("this ViT has no classifier head: its checkpoint came without one")
         last = len(self.blocks) - 1
         return self.head(self.norm(self.forward(images, (last,))[last])[:, 0])
+
+
+# ---------------------------------------------------------------------------------------- loading
 
 
 def sha256(path):
@@ -167,73 +215,115 @@ def sha256(path):
 
 
 def load_vit(path):
-    """Load a converted checkpoint (weights/convert.py), strictly: every tensor named, shaped and used.
+    """A converted checkpoint (weights/convert.py) -> the ViT, in evaluation mode.
 
-    The sizes come from the tensors' shapes, heads from the metadata or else D / 64, norm_pre from the keys. The metadata (one JSON
-    object under the key "vitad") gives mean, std, activation and eps, with source, licence and sha256 of the original beside them; it is
-    left as `vit.metadata`, the file's own sha256 as `vit.sha256`. Anything that does not fit is one ValueError.
+    Strict: missing, extra or misshapen tensors are refused. The file's metadata, one JSON object
+    under the key "vitad", is kept as `vit.metadata`, the file's sha256 as `vit.sha256`. A file that
+    does not fit is a ValueError whose text is one sentence for the user.
     """
     path = Path(path)
-    convert = f"python weights/convert.py {path}"
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a weights file, got no such file; weights/README.md says where to get one")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("vitad", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        cut = "incomplete" in str(error).lower() or "EOF" in str(error)
-        got = "a truncated one: copy or download it again" if cut else f"another kind of file: try {convert}"
-        raise ValueError(f"{path}: expected a safetensors file, got {got} ({error})") from None
-    if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} <= set(tensors):
-        raise ValueError(f"{path}: expected vitad's key names, got another layout ({min(tensors, default='no tensor')}, ...): run {convert}")
-    if not {"mean", "std", "activation"} <= set(metadata) or metadata["activation"] not in ACTIVATIONS:
-        raise ValueError(f"{path}: expected mean, std and activation in the metadata, got a file that was not converted: run {convert}")
-    for key, ndim in (("cls_token", 3), ("pos_embed", 3), ("patch_embed.proj.weight", 4), ("blocks.0.mlp.fc1.weight", 2)):
-        if tensors[key].ndim != ndim:
-            raise ValueError(f"{path}: expected {key} with {ndim} dimensions, got {tuple(tensors[key].shape)}: convert the original again")
-
-    width, tokens = tensors["cls_token"].shape[-1], tensors["pos_embed"].shape[1]
-    heads = metadata.get("heads", max(width // 64, 1))
-    if width % heads:
-        raise ValueError(f"{path}: expected a width that {heads} heads divide, got {width}: convert the original again with --heads")
-    config = dict(
-        width=width,
-        depth=len({key.split(".")[1] for key in tensors if key.startswith("blocks.")}),
-        heads=heads,
-        patch=tensors["patch_embed.proj.weight"].shape[-1],
-        grid=math.isqrt(tokens - 1),
-        hidden=len(tensors["blocks.0.mlp.fc1.weight"]),
-        classes=len(tensors["head.weight"]) if "head.weight" in tensors else 0,
-        norm_pre="norm_pre.weight" in tensors,
-        activation=metadata["activation"],
-        eps=metadata.get("eps", LAYER_NORM_EPS),
-        mean=tuple(metadata["mean"]), std=tuple(metadata["std"]),
-    )
+    tensors, metadata = read_weights(path)
+    check_layout(path, tensors, metadata)
+    config = config_of(path, tensors, metadata)
     with torch.device("meta"):  # shapes only: the values come from the file
         vit = ViT(**config)
-    for key, parameter in vit.state_dict().items():
-        if key not in tensors:
-            raise ValueError(f"{path}: expected a tensor {key} of shape {tuple(parameter.shape)}, got none: convert the original again")
-        if tensors[key].shape != parameter.shape:
-            raise ValueError(f"{path}: expected {key} of shape {tuple(parameter.shape)}, got {tuple(tensors[key].shape)}: convert the original again")
-    extra = sorted(set(tensors) - set(vit.state_dict()))
-    if extra:
-        raise ValueError(f"{path}: expected no tensors beyond the model's, got {', '.join(extra[:5])}: run {convert}")
-    vit.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, strict=True, assign=True)
-    vit.metadata, vit.sha256 = metadata, sha256(path)
+    check_shapes(path, tensors, vit.state_dict())
+    values = {key: tensor.float() for key, tensor in tensors.items()}
+    vit.load_state_dict(values, strict=True, assign=True)
+    vit.metadata = metadata
+    vit.sha256 = sha256(path)
     return vit.eval()
 
 
-def pick_device(name, precision="fp32"):
-    """--device as torch names it; None: cuda where there is one, else cpu. Products in float32 are exact, unless `precision` is tf32, or bf16 and
-    the product is the patch projection, a convolution: TF32 rounds an eighth as far as bf16."""
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+def read_weights(path):
+    """A safetensors file -> ({name: tensor}, metadata)."""
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: expected a weights file, got no such file; "
+            f"weights/README.md says where to get one"
+        )
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch: an unknown name, or a device that this machine or build lacks
-        raise ValueError(f"--device: expected a device that torch can use here, got {name!r} ({str(error).splitlines()[0]})") from None
-    return name
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("vitad", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+    except SafetensorError as error:
+        got = f"another kind of file: try python weights/convert.py {path}"
+        if "incomplete" in str(error).lower() or "EOF" in str(error):
+            got = "a truncated one: copy or download it again"
+        raise ValueError(f"{path}: expected a safetensors file, got {got} ({error})") from None
+    return tensors, metadata
+
+
+def check_layout(path, tensors, metadata):
+    """Refuse a file that weights/convert.py did not write."""
+    convert = f"run python weights/convert.py {path}"
+    dimensions = {
+        "cls_token": 3,
+        "pos_embed": 3,
+        "patch_embed.proj.weight": 4,
+        "blocks.0.mlp.fc1.weight": 2,
+    }
+    if not set(dimensions) <= set(tensors):
+        first = min(tensors, default="no tensor")
+        raise ValueError(
+            f"{path}: expected vitad's key names, got another layout ({first}, ...): {convert}"
+        )
+    known = {"mean", "std", "activation"} <= set(metadata)
+    if not known or metadata["activation"] not in ACTIVATIONS:
+        raise ValueError(
+            f"{path}: expected mean, std and activation in the metadata, "
+            f"got a file that was not converted: {convert}"
+        )
+    for key, ndim in dimensions.items():
+        if tensors[key].ndim != ndim:
+            raise ValueError(
+                f"{path}: expected {key} with {ndim} dimensions, "
+                f"got {tuple(tensors[key].shape)}: convert the original again"
+            )
+
+
+def config_of(path, tensors, metadata):
+    """The arguments of ViT: sizes from the tensors' shapes, the rest from the metadata."""
+    width = tensors["cls_token"].shape[-1]
+    heads = metadata.get("heads", max(width // 64, 1))
+    if width % heads:
+        raise ValueError(
+            f"{path}: expected a width that {heads} heads divide, got {width}: "
+            f"convert the original again with --heads"
+        )
+    return {
+        "width": width,
+        "depth": len({key.split(".")[1] for key in tensors if key.startswith("blocks.")}),
+        "heads": heads,
+        "patch": tensors["patch_embed.proj.weight"].shape[-1],
+        "grid": math.isqrt(tensors["pos_embed"].shape[1] - 1),
+        "hidden": len(tensors["blocks.0.mlp.fc1.weight"]),
+        "classes": len(tensors["head.weight"]) if "head.weight" in tensors else 0,
+        "norm_pre": "norm_pre.weight" in tensors,
+        "activation": metadata["activation"],
+        "eps": metadata.get("eps", LAYER_NORM_EPS),
+        "mean": tuple(metadata["mean"]),
+        "std": tuple(metadata["std"]),
+    }
+
+
+def check_shapes(path, tensors, expected):
+    """Refuse tensors that are missing, of another shape, or not the network's."""
+    for key, parameter in expected.items():
+        shape = tuple(parameter.shape)
+        if key not in tensors:
+            raise ValueError(
+                f"{path}: expected a tensor {key} of shape {shape}, got none: "
+                f"convert the original again"
+            )
+        if tensors[key].shape != parameter.shape:
+            raise ValueError(
+                f"{path}: expected {key} of shape {shape}, got {tuple(tensors[key].shape)}: "
+                f"convert the original again"
+            )
+    extra = sorted(set(tensors) - set(expected))
+    if extra:
+        raise ValueError(
+            f"{path}: expected no tensors beyond the model's, got {', '.join(extra[:5])}: "
+            f"run python weights/convert.py {path}"
+        )

@@ -1,220 +1,384 @@
 #!/usr/bin/env python3
-"""The paper's ablations, section 4.3: train what a figure compares, score it, and write its table and bar chart.
+"""The paper's ablations, section 4.3: train what a figure compares, score it, and draw it.
 
-    python ablations/run.py --figure 4 --categories bottle,pill --seeds 0,1,2 --weights weights/deit_tiny_patch16_224.safetensors
+    python ablations/run.py --figure 4 --categories bottle,pill --seeds 0,1,2
     python ablations/run.py --figure 3b --categories bottle --vgg16 vgg16.safetensors --epochs 8
 
-Every other option is train.py's, for all runs of the figure. May be stopped at any time, and goes on with the same command: complete runs are not
-trained again, scored ones not scored again; figure 5 is made of the tables of 3b, 3c and 4 where they are there. Runs lie in
+Every other option is train.py's, for all runs of the figure. The command may be stopped at any time
+and goes on when it is given again: complete runs are not trained again, scored ones not scored
+again. Figure 5 is made of the tables of 3b, 3c and 4 where they are there. Runs lie in
 <out>/ablations/<variant>/, results in --results: figure_4.csv, .md and .svg.
 """
-import argparse
+
+import os
+
+if __name__ == "__main__":
+    # See train.py: threads that wait for each other should not spin for long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import csv
 import itertools
-import json
 import statistics
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    import _root  # noqa: F401 (puts the repository on the path)
 
-import train  # noqa: E402
-from data import find_category  # noqa: E402
-from weights.files import atomic, fail, one_sentence, read_config  # noqa: E402
+import runs
+import train
+from ablations import backbones
+from data import CATEGORIES, find_category
+from evaluate import evaluate, report_and_go_on, write_result
+from results.pictures import Axes
+from results.report import NAMES, cell, row
+from runs import UserError
+from weights.download import ensure_weights
 
-CNN = ["--pos-embed", "learn", "--cache", "off"]  # there is no position embedding; stages of unequal widths do not go into one array
-VGG = [*CNN, "--optimizer", "sgd", "--lr", "0.001", "--batch-size", "128", "--layers", "0,1,2,3,4"]  # section 4.3
-RESNET = [*CNN, "--layers", "0,1,2,3"]
-VARIANTS = {  # name in the figures: its backbone and its options of train.py
-    "VGG": ("vgg16", [*VGG, "--without", "anchor,gram"]),
-    "VGG + L_anchor": ("vgg16", [*VGG, "--without", "gram"]),
-    "ResNet": ("resnet18", [*RESNET, "--without", "anchor,gram"]),
-    "ResNet + L_anchor": ("resnet18", [*RESNET, "--without", "gram"]),
-    "ViT": ("vit", ["--without", "anchor,gram"]),
-    "ViT + L_Gram": ("vit", ["--without", "anchor"]),
-    "ViT + L_Gram + L_anchor": ("vit", []),
-    "position embedding learnt": ("vit", ["--pos-embed", "learn"]),
+
+@dataclass(frozen=True)
+class Variant:
+    """A bar of a figure: its backbone, its options of train.py, and the score that it compares.
+
+    Without L_anchor nothing brings the student's class token to the anchor, so S_D alone is
+    compared, else S_D + S_A.
+    """
+
+    backbone: str
+    options: tuple
+    score: str = "auroc"
+
+
+S_D = "auroc_score_d"
+# A CNN has no position embedding, and stages of unequal widths do not go into one array.
+CNN = ("--pos-embed", "learn", "--cache", "off")
+PAPERS_VGG = ("--optimizer", "sgd", "--lr", "0.001", "--batch-size", "128")  # section 4.3
+VGG = (*CNN, *PAPERS_VGG, "--layers", "0,1,2,3,4")
+RESNET = (*CNN, "--layers", "0,1,2,3")
+VARIANTS = {
+    "VGG": Variant("vgg16", (*VGG, "--without", "anchor,gram"), S_D),
+    "VGG + L_anchor": Variant("vgg16", (*VGG, "--without", "gram")),
+    "ResNet": Variant("resnet18", (*RESNET, "--without", "anchor,gram"), S_D),
+    "ResNet + L_anchor": Variant("resnet18", (*RESNET, "--without", "gram")),
+    "ViT": Variant("vit", ("--without", "anchor,gram"), S_D),
+    "ViT + L_Gram": Variant("vit", ("--without", "anchor"), S_D),
+    "ViT + L_Gram + L_anchor": Variant("vit", ()),
+    "position embedding learnt": Variant("vit", ("--pos-embed", "learn")),
 }
-FIGURES = {  # data set, (variant, what it is compared with), what the paper says came out
-    "3a": ("cifar10", [("VGG", None), ("VGG + L_anchor", "VGG")], "every class gains by L_anchor, about 1 point"),
-    "3b": ("mvtec", [("VGG", None), ("VGG + L_anchor", "VGG")], "the mean gains by L_anchor; some categories lose"),
-    "3c": ("mvtec", [("ResNet", None), ("ResNet + L_anchor", "ResNet")], "most categories gain by L_anchor, leather and pill clearly"),
-    "4": ("mvtec", [("ViT", None), ("ViT + L_Gram", "ViT"), ("ViT + L_Gram + L_anchor", "ViT + L_Gram")], "each term adds about 1 point to the mean"),
-    "5": ("mvtec", [("VGG", None), ("VGG + L_anchor", "VGG"), ("ResNet", None), ("ResNet + L_anchor", "ResNet"), ("ViT + L_Gram", None),
-                    ("ViT + L_Gram + L_anchor", "ViT + L_Gram")], "ten of 15 categories gain by L_anchor with the ViT, pill and metal nut by 8 points; fewer with VGG"),
-    "7": ("mvtec", [("position embedding learnt", None), ("ViT + L_Gram + L_anchor", "position embedding learnt")],
-          "the teacher's embedding, frozen, is better in nearly every category"),
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the paper: (variant, what it is compared with), and what the paper says of it."""
+
+    dataset: str
+    variants: tuple
+    claim: str
+
+
+FIGURES = {
+    "3a": Figure(
+        "cifar10",
+        (("VGG", None), ("VGG + L_anchor", "VGG")),
+        "every class gains by L_anchor, about 1 point",
+    ),
+    "3b": Figure(
+        "mvtec",
+        (("VGG", None), ("VGG + L_anchor", "VGG")),
+        "the mean gains by L_anchor; some categories lose",
+    ),
+    "3c": Figure(
+        "mvtec",
+        (("ResNet", None), ("ResNet + L_anchor", "ResNet")),
+        "most categories gain by L_anchor, leather and pill clearly",
+    ),
+    "4": Figure(
+        "mvtec",
+        (("ViT", None), ("ViT + L_Gram", "ViT"), ("ViT + L_Gram + L_anchor", "ViT + L_Gram")),
+        "each term adds about 1 point to the mean",
+    ),
+    "5": Figure(
+        "mvtec",
+        (
+            ("VGG", None),
+            ("VGG + L_anchor", "VGG"),
+            ("ResNet", None),
+            ("ResNet + L_anchor", "ResNet"),
+            ("ViT + L_Gram", None),
+            ("ViT + L_Gram + L_anchor", "ViT + L_Gram"),
+        ),
+        "ten of 15 categories gain by L_anchor with the ViT, pill and metal nut by 8 points; "
+        "fewer with VGG",
+    ),
+    "7": Figure(
+        "mvtec",
+        (
+            ("position embedding learnt", None),
+            ("ViT + L_Gram + L_anchor", "position embedding learnt"),
+        ),
+        "the teacher's embedding, frozen, is better in nearly every category",
+    ),
 }
 PARTS_OF_5 = ("3b", "3c", "4")  # whose tables it is made of
-COLUMNS = ("variant", "category", "seed", "value", "auroc", "auroc_score_d", "auroc_score_a_teacher", "steps", "delta", "commit", "device", "date", "command")
+COLUMNS = (  # of a figure's CSV
+    "variant",
+    "category",
+    "seed",
+    "value",
+    "auroc",
+    "auroc_score_d",
+    "auroc_score_a_teacher",
+    "steps",
+    "delta",
+    "commit",
+    "device",
+    "date",
+    "command",
+)
+FILLS = ("#9ecae1", "#1f77b4", "#fdae6b", "#e6550d", "#a1d99b", "#31a354")  # of the bars
 
 
-def teacher_of(backbone, args):
+# --------------------------------------------------------------------------------- train and score
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for, besides the figure."""
+
+    categories: list
+    seeds: tuple
+    results: Path  # folder for tables and charts
+    weights: dict  # backbone: file or name of the teacher's weights
+    image_size: int  # of the CNNs
+    options: list  # train.py's
+
+
+def load_teacher(backbone, weights, image_size):
     """-> (file of the weights, the teacher)"""
-    from vit import load_vit
-    from weights.download import weights_file
-
-    path = weights_file(getattr(args, backbone))
     if backbone == "vit":
-        return path, load_vit(path)
-    from ablations.backbones import load
-
-    return path, load(backbone, path, args.image_size)
-
-
-def run_variant(variant, dataset, args, options):
-    """Train and score a variant on every category with every seed; -> its results, what result.json holds of each."""
-    import evaluate
-    from vit import pick_device
-
-    backbone, own = VARIANTS[variant]
-    with one_sentence():
-        path, teacher = teacher_of(backbone, args)
-    size = "" if backbone == "vit" or args.image_size == 224 else f"_{args.image_size}px"
-    runs = []
-    for category in args.categories:
-        settings, _, _ = train.parse(["--dataset", dataset, "--category", category, "--weights", str(path), *own, *options])
-        settings = replace(settings, out=str(Path(settings.out) / "ablations" / (variant.replace(" + ", "+").replace(" ", "_") + size)))
-        train.main(settings, args.seeds, "resume", teacher)
-        runs += [train.run_folder(replace(settings, seed=seed)) for seed in args.seeds]
-    plain = SimpleNamespace(weights=None, data_root=None, precision="fp32", batch_size=32, skip_bad=False, heatmaps=None, show_failures=0, plot=False)
-    todo = [(run, read_config(run)) for run in runs if not (run / "result.json").is_file()]
-    for _, group in itertools.groupby(sorted(todo, key=evaluate.of_one_kind), key=evaluate.of_one_kind):
-        evaluate.evaluate(list(group), plain, pick_device(settings.device), {path: teacher})
-    if not all((run / "result.json").is_file() for run in runs):
-        sys.exit(2)  # why is said already
-    return [json.loads((run / "result.json").read_text()) for run in runs]
+        path = ensure_weights(weights)
+        return path, runs.load_teacher(path)
+    path = runs.weights_path(weights)
+    return path, backbones.load(backbone, path, image_size)
 
 
-def rows_of(variant, results):
-    """Rows of the CSV. The value compared is the AUROC of Score = S_D + S_A, or of S_D alone where there was no L_anchor to train S_A."""
-    value = "auroc_score_d" if "anchor" in " ".join(VARIANTS[variant][1]) else "auroc"
-    for r in results:
-        yield {**{name: r.get(name) for name in COLUMNS}, "variant": variant, "value": r[value], **{k: r["trained"][k] for k in ("commit", "device", "date", "command")}}
+def run_variant(name, dataset, request):
+    """Train and score a variant on every category with every seed; -> its results."""
+    variant = VARIANTS[name]
+    path, teacher = load_teacher(
+        variant.backbone, request.weights[variant.backbone], request.image_size
+    )
+    folder = name.replace(" + ", "+").replace(" ", "_")
+    if variant.backbone != "vit" and request.image_size != 224:
+        folder += f"_{request.image_size}px"
+    own = ["--dataset", dataset, "--category", request.categories[0], "--weights", str(path)]
+    settings, _, _ = train.parse([*own, *variant.options, *request.options])
+    settings = replace(settings, out=str(Path(settings.out) / "ablations" / folder))
+    device = train.set_up(settings)
+    train.check_teacher(settings, teacher)
+    folders = []
+    for category in request.categories:
+        settings = replace(settings, category=category)
+        todo = train.runs_to_do(settings, request.seeds, "resume")
+        train.train_all(todo, teacher, device, resume=True)
+        folders += [train.run_folder(replace(settings, seed=seed)) for seed in request.seeds]
+    unscored = [
+        (run, runs.read_config(run)) for run in folders if not (run / "result.json").is_file()
+    ]
+    for scored in evaluate(unscored, device, precision="fp32", teacher=teacher):
+        with report_and_go_on(unscored):
+            write_result(scored, device)
+    if not all((run / "result.json").is_file() for run in folders):
+        raise UserError(f"{name}: some of its runs could not be scored, for the reasons above")
+    return [runs.read_json(run / "result.json") for run in folders]
+
+
+def csv_rows(name, results):
+    """The rows of a figure's CSV for one variant."""
+    for result in results:
+        yield {
+            **{column: result.get(column) for column in COLUMNS},
+            "variant": name,
+            "value": result[VARIANTS[name].score],
+            **{key: result["trained"][key] for key in ("commit", "device", "date", "command")},
+        }
+
+
+def read_csv(figure, request):
+    """The rows of a figure's CSV for what is asked for; none if one of its runs is missing."""
+    path = request.results / f"figure_{figure}.csv"
+    wanted = set(itertools.product(request.categories, map(str, request.seeds)))
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        rows = [r for r in csv.DictReader(file) if (r["category"], r["seed"]) in wanted]
+    complete = len(rows) == len(wanted) * len(FIGURES[figure].variants)
+    return rows if complete else []
+
+
+def make(figure, request):
+    """Run what a figure compares, write its CSV, table and chart; -> the rows of the CSV."""
+    names = [name for name, _ in FIGURES[figure].variants]
+    if figure == "5":
+        parts = [r for part in PARTS_OF_5 for r in read_csv(part, request) or make(part, request)]
+        rows = [r for name in names for r in parts if r["variant"] == name]
+    else:
+        rows = []
+        for name in names:
+            rows += csv_rows(name, run_variant(name, FIGURES[figure].dataset, request))
+    request.results.mkdir(parents=True, exist_ok=True)
+    path = request.results / f"figure_{figure}.csv"
+    with runs.atomic(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    rows = read_csv(figure, request)
+    runs.write_text(path.with_suffix(".md"), table(figure, rows))
+    runs.write_text(path.with_suffix(".svg"), bars(figure, rows))
+    return rows
+
+
+# --------------------------------------------------------------------------------- table and chart
+
+
+def seed_means(rows, variant, category=None):
+    """{seed: AUROC} of a variant in one category, or its mean over all."""
+    by_seed = {}
+    for r in rows:
+        if r["variant"] == variant and category in (None, r["category"]):
+            by_seed.setdefault(r["seed"], []).append(float(r["value"]))
+    return {seed: statistics.fmean(values) for seed, values in by_seed.items()}
 
 
 def differences(rows, variant, other, category=None):
-    """Value of `variant` minus that of `other`, seed by seed, as a mean over the categories (or of one)."""
-    values = {}
-    for row in rows:
-        if row["variant"] in (variant, other) and category in (None, row["category"]):
-            values.setdefault(row["seed"], {}).setdefault(row["variant"], []).append(float(row["value"]))
-    return [statistics.fmean(of[variant]) - statistics.fmean(of[other]) for of in values.values()]
+    """AUROC of `variant` minus that of `other`, seed by seed."""
+    ours, theirs = seed_means(rows, variant, category), seed_means(rows, other, category)
+    return [ours[seed] - theirs[seed] for seed in theirs]
 
 
 def verdict(gains):
-    """In words: whether differences, one a seed, go beyond their own standard deviation."""
+    """In words: do differences, one a seed, go beyond their own standard deviation?"""
     if len(gains) < 2:
         return "one seed, so no spread"
-    mean, spread = statistics.fmean(gains), statistics.stdev(gains)
-    return "no difference beyond the spread" if abs(mean) <= spread else "better" if mean > 0 else "worse"
+    mean = statistics.fmean(gains)
+    if abs(mean) <= statistics.stdev(gains):
+        return "no difference beyond the spread"
+    return "better" if mean > 0 else "worse"
+
+
+def distinct(rows, column):
+    return list(dict.fromkeys(r[column] for r in rows))
 
 
 def table(figure, rows):
-    """The rows of a figure's CSV -> Markdown: values per category, and differences with what the paper says of them."""
-    from results.report import NAMES, cell
-
-    dataset, variants, claim = FIGURES[figure]
-    categories, seeds = (list(dict.fromkeys(row[name] for row in rows)) for name in ("category", "seed"))
-
-    def values(variant, category=None):
-        """One number a seed: of the category, or the mean of all."""
-        of = {seed: [float(r["value"]) for r in rows if r["variant"] == variant and r["seed"] == seed and category in (None, r["category"])] for seed in seeds}
-        return [statistics.fmean(x) for x in of.values()]
-
-    names = [variant for variant, _ in variants]
-    lines = [f"## Figure {figure}, {NAMES[dataset]}", "",
-             f"Image AUROC in %, last epoch, mean ± standard deviation over seeds {', '.join(map(str, seeds))}; of S_D + S_A, or of S_D alone without L_anchor.", "",
-             "| category | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {category} | " + " | ".join(cell(values(variant, category)) for variant in names) + " |" for category in categories]
-    lines += ["| mean | " + " | ".join(cell(values(variant)) for variant in names) + " |", "", f"The paper: {claim}. Here, seed by seed:", "",
-              "| difference | category | points | |", "|---|---|---|---|"]
-    for variant, other in variants:
+    """The rows of a figure's CSV -> Markdown: AUROC per category, differences, how it was made."""
+    dataset, variants = FIGURES[figure].dataset, FIGURES[figure].variants
+    categories = distinct(rows, "category")
+    names = [name for name, _ in variants]
+    lines = [
+        f"## Figure {figure}, {NAMES[dataset]}",
+        "",
+        f"Image AUROC in %, last epoch, mean ± standard deviation over seeds "
+        f"{', '.join(map(str, distinct(rows, 'seed')))}; of S_D + S_A, or of S_D alone without "
+        f"L_anchor.",
+        "",
+        row(["category", *names]),
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for category in [*categories, None]:
+        cells = [cell(seed_means(rows, name, category).values()) for name in names]
+        lines.append(row([category or "mean", *cells]))
+    lines += [
+        "",
+        f"The paper: {FIGURES[figure].claim}. Here, seed by seed:",
+        "",
+        "| difference | category | points | |",
+        "|---|---|---|---|",
+    ]
+    for name, other in variants:
         for category in [*categories, None] if other else []:
-            gains = differences(rows, variant, other, category)
-            lines.append(f"| {variant} against {other} | {category or 'mean'} | {cell(gains)} | {verdict(gains)} |")
-    made = sorted({(r["variant"], str(r["steps"]), r["device"], r["commit"], r["date"][:10]) for r in rows})
-    lines += ["", "| variant | steps | device | commit | date |", "|---|---|---|---|---|", *("| " + " | ".join(row) + " |" for row in made)]
+            gains = differences(rows, name, other, category)
+            difference = f"{name} against {other}"
+            lines.append(row([difference, category or "mean", cell(gains), verdict(gains)]))
+    made = {(r["variant"], str(r["steps"]), r["device"], r["commit"], r["date"][:10]) for r in rows}
+    lines += ["", "| variant | steps | device | commit | date |", "|---|---|---|---|---|"]
+    lines += [row(cells) for cells in sorted(made)]
     return "\n".join(lines) + "\n"
 
 
 def bars(figure, rows):
-    """The same as a bar chart, SVG text: a group of bars per category and for the mean, whiskers of one standard deviation."""
-    from results.pictures import svg
+    """The same as a bar chart, SVG: a group of bars a category and for the mean.
 
-    _, variants, _ = FIGURES[figure]
-    categories, seeds = (list(dict.fromkeys(row[name] for row in rows)) for name in ("category", "seed"))
-    fills = ("#9ecae1", "#1f77b4", "#fdae6b", "#e6550d", "#a1d99b", "#31a354")
-    low = max(0, 10 * (min(float(row["value"]) for row in rows) // 10) - 10)
-
-    def marks(at):
-        for x, category in enumerate([*categories, None]):
-            for i, (variant, _) in enumerate(variants):
-                values = [statistics.fmean(float(r["value"]) for r in rows if r["variant"] == variant and r["seed"] == seed and category in (None, r["category"]))
-                          for seed in seeds]
-                mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0
-                (left, top), (right, bottom) = at(x + 0.1 + 0.8 * i / len(variants), mean), at(x + 0.1 + 0.8 * (i + 1) / len(variants), low)
-                middle, (_, high), (_, deep) = (left + right) / 2, at(x, mean + spread), at(x, mean - spread)
-                yield (f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}" fill="{fills[i]}"/>'
-                       f'<path d="M{middle:.1f} {high:.1f}V{deep:.1f}" stroke="#222"/>')
-
-    ticks = [(x + 0.5, category or "mean") for x, category in enumerate([*categories, None])]
-    legend = [(variant, fill) for (variant, _), fill in zip(variants, fills)]
-    width, names = 80 * len(ticks), 170  # pixels of the bars, and of the legend to their right
-    return svg(f"Figure {figure}", "", "image AUROC, %", (0, (width + names) / 80), (low, 100), marks, legend, x_ticks=ticks, width=80 + width + names)
-
-
-def read(figure, args):
-    """The rows of a figure's CSV for the categories and seeds asked for; none if one of its runs is missing."""
-    path, wanted = args.results / f"figure_{figure}.csv", set(itertools.product(args.categories, map(str, args.seeds)))
-    if not path.is_file():
-        return []
-    with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if (row["category"], row["seed"]) in wanted]
-    return rows if len(rows) == len(wanted) * len(FIGURES[figure][1]) else []
+    Whiskers are one standard deviation over the seeds.
+    """
+    names = [name for name, _ in FIGURES[figure].variants]
+    groups = [*distinct(rows, "category"), None]
+    low = max(0, 10 * (min(float(r["value"]) for r in rows) // 10) - 10)
+    width, legend_width = 80 * len(groups), 170  # pixels
+    axes = Axes((0, (width + legend_width) / 80), (low, 100), width=80 + width + legend_width)
+    for x, category in enumerate(groups):
+        for i, name in enumerate(names):
+            values = list(seed_means(rows, name, category).values())
+            mean = statistics.fmean(values)
+            spread = statistics.stdev(values) if len(values) > 1 else 0
+            left, top = axes.at(x + 0.1 + 0.8 * i / len(names), mean)
+            right, bottom = axes.at(x + 0.1 + 0.8 * (i + 1) / len(names), low)
+            middle = (left + right) / 2
+            high, deep = axes.at(x, mean + spread)[1], axes.at(x, mean - spread)[1]
+            axes.marks.append(
+                f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" '
+                f'height="{bottom - top:.1f}" fill="{FILLS[i]}"/>'
+                f'<path d="M{middle:.1f} {high:.1f}V{deep:.1f}" stroke="#222"/>'
+            )
+    return axes.svg(
+        f"Figure {figure}",
+        "",
+        "image AUROC, %",
+        legend=[(name, FILLS[i]) for i, name in enumerate(names)],
+        x_ticks=[(x + 0.5, category or "mean") for x, category in enumerate(groups)],
+    )
 
 
-def make(figure, args, options):
-    """Run what a figure compares and write its CSV, table and chart; -> the rows of the CSV."""
-    dataset, variants, _ = FIGURES[figure]
-    if figure == "5":
-        of_parts = [row for part in PARTS_OF_5 for row in read(part, args) or make(part, args, options)]
-        rows = [row for variant, _ in variants for row in of_parts if row["variant"] == variant]
-    else:
-        rows = [row for variant, _ in variants for row in rows_of(variant, run_variant(variant, dataset, args, options))]
-    args.results.mkdir(parents=True, exist_ok=True)
-    with atomic(args.results / f"figure_{figure}.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    rows = read(figure, args)
-    for suffix, render in ((".md", table), (".svg", bars)):
-        with atomic(args.results / f"figure_{figure}{suffix}") as temporary:
-            temporary.write_text(render(figure, rows))
-    return rows
+# ------------------------------------------------------------------------------------ command line
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    parser.add_argument("--figure", required=True, choices=list(FIGURES), help="of the paper")
-    parser.add_argument("--categories", help="comma-separated (default all of the data set)")
-    parser.add_argument("--seeds", type=train.whole_numbers, default="0", help="comma-separated (default 0)")
-    parser.add_argument("--weights", dest="vit", default="vit_base_patch16_224", help="the ViT teacher, a file or a name, as in train.py")
-    parser.add_argument("--vgg16", default="weights/vgg16.safetensors", help="the VGG16 teacher (default weights/vgg16.safetensors)")
-    parser.add_argument("--resnet18", default="weights/resnet18.safetensors", help="the ResNet18 teacher (default weights/resnet18.safetensors)")
-    parser.add_argument("--image-size", type=int, default=224, help="of the CNNs, in pixels (default 224, the paper's)")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder for tables and charts")
-    args, options = parser.parse_known_args()
-    dataset = FIGURES[args.figure][0]
-    with one_sentence():
-        everything = train.PAPER_AUROC[dataset]
-        args.categories = list(dict.fromkeys(find_category(dataset, name) for name in args.categories.split(","))) if args.categories else list(everything)
-    rows = make(args.figure, args, options)
-    print(table(args.figure, rows))
+def parse(argv):
+    """Command line -> (figure, Request)."""
+    parser = runs.Parser(__doc__)
+    add = parser.add_argument
+    add("--figure", required=True, choices=list(FIGURES), help="of the paper")
+    add("--categories", help="comma-separated (default all of the data set)")
+    add("--seeds", type=runs.whole_numbers, default="0", help="comma-separated (default 0)")
+    add("--weights", default=train.TEACHER, help="the ViT teacher, a file or a name")
+    for name in backbones.BACKBONES:
+        file = f"weights/{name}.safetensors"
+        add(f"--{name}", default=file, help=f"its weights (default {file})")
+    add("--image-size", type=int, default=224, help="of the CNNs, in pixels (default the paper's)")
+    results = Path(__file__).parent / "results"
+    add("--results", type=Path, default=results, help="folder for tables and charts")
+    args, options = parser.parse_known_args(argv)
+    dataset = FIGURES[args.figure].dataset
+    categories = list(CATEGORIES[dataset])
+    if args.categories:  # one that is named twice is run once
+        named = [find_category(dataset, name) for name in args.categories.split(",")]
+        categories = list(dict.fromkeys(named))
+    request = Request(
+        categories=categories,
+        seeds=args.seeds,
+        results=args.results,
+        weights={"vit": args.weights, **{name: vars(args)[name] for name in backbones.BACKBONES}},
+        image_size=args.image_size,
+        options=options,
+    )
+    return args.figure, request
+
+
+@runs.script
+def main(argv):
+    figure, request = parse(argv)
+    print(table(figure, make(figure, request)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

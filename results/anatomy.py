@@ -1,100 +1,125 @@
 #!/usr/bin/env python3
-"""What of the score carries a run's AUROC: layers, class token and patches, k of Eq. 9, the weight of S_A. An observation, nothing to choose by.
+"""What of the score carries a run's AUROC. An observation, nothing to choose by.
 
     python results/anatomy.py runs/mvtec/pill/seed0 ...
 
-prints a Markdown table with a column per run, on the complete test split: image AUROC in % of each variant of the score; and, where there are masks, how
-much of the k hottest patches of Eq. 9 lies on the defect, in images found and missed at delta.
+prints a Markdown table with a column per run, on the complete test split. It has the image AUROC in
+% of variants of the score: single layers, class token and patches, other k of Eq. 9, other weights
+of S_A. Where there are masks, it has how much of the k hottest patches of Eq. 9 lies on the defect.
 """
-import argparse
+
 import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    import _root  # noqa: F401 (puts the repository on the path)
 
-from data import test_split  # noqa: E402
-from evaluate import auroc  # noqa: E402
-from weights.files import fail, one_sentence, read_config  # noqa: E402
+import torch
+import torch.nn.functional as F
 
-NAME = "S_D + S_A (Eq. 10)"
+import runs
+from data import test_split
+from evaluate import auroc
+from vitad import diff, score_a, score_d
+
+SCORE = "S_D + S_A (Eq. 10)"
 
 
-def parts(model, images, batch_size=32):
-    """-> {c: Diff_c of Eq. 8 (N, 1 + P)}, and the two terms of S_A together (N,)"""
-    import torch
-
-    from vitad import diff, score_a
-
-    layers, anchors, last = {c: [] for c in model.layers}, [], model.layers[-1]
+@torch.no_grad()
+def score_parts(model, images, batch_size=32):
+    """-> {c: Diff_c of Eq. 8 (n, 1 + P)}, and S_A (n,)."""
+    diffs = {c: [] for c in model.layers}
+    anchors = []
+    last = model.layers[-1]
     for batch in images.split(batch_size):
         batch = batch.to(model.delta.device)
-        with torch.no_grad():
-            t, s = model.teach(batch), model.features(model.student, batch)
-            for c in layers:
-                layers[c].append(diff(t[c], s[c], model.reading).cpu())
-            anchors.append(sum(score_a(t[last][:, 0], s[last][:, 0], model.anchor.value, model.reading)).cpu())
-    return {c: torch.cat(of) for c, of in layers.items()}, torch.cat(anchors)
+        t = model.teach(batch)
+        s = model.features(model.student, batch)
+        for c in model.layers:
+            diffs[c].append(diff(t[c], s[c], model.reading).cpu())
+        terms = score_a(t[last][:, 0], s[last][:, 0], model.anchor.value, model.reading)
+        anchors.append(sum(terms).cpu())
+    return {c: torch.cat(batches) for c, batches in diffs.items()}, torch.cat(anchors)
 
 
-def variants(d, s_a, top_k):
-    """Scores (N,) by what they are made of."""
-    from vitad import score_d
-
-    cls, patches = score_d(d, top_k)
-    yield NAME, cls + patches + s_a
-    yield "S_D", cls + patches
-    yield "S_A", s_a
-    yield "S_D, class tokens only", cls
-    yield "S_D, patches only", patches
-    for c in d:
-        yield f"S_D, layer {c} only", sum(score_d({c: d[c]}, top_k))
-    patches_of = min(x.shape[1] for x in d.values()) - 1
-    for k in (*(k for k in (1, 5, 20, 50) if k < patches_of), patches_of):
-        yield f"S_D with k = {k}", sum(score_d(d, k))
+def variants(diffs, s_a, top_k):
+    """{name: scores (n,)} by what they are made of."""
+    cls, patches = score_d(diffs, top_k)
+    scores = {
+        SCORE: cls + patches + s_a,
+        "S_D": cls + patches,
+        "S_A": s_a,
+        "S_D, class tokens only": cls,
+        "S_D, patches only": patches,
+    }
+    for c, d in diffs.items():
+        scores[f"S_D, layer {c} only"] = sum(score_d({c: d}, top_k))
+    all_patches = min(d.shape[1] for d in diffs.values()) - 1
+    for k in (*(k for k in (1, 5, 20, 50) if k < all_patches), all_patches):
+        scores[f"S_D with k = {k}"] = sum(score_d(diffs, k))
     for weight in (2, 5, 10, 20):
-        yield f"S_D + {weight} S_A", cls + patches + weight * s_a
+        scores[f"S_D + {weight} S_A"] = cls + patches + weight * s_a
+    return scores
 
 
-def on_the_defect(d, masks, anomalous, top_k):
-    """Shares in % of the patches, and of each layer's k hottest, that touch the mask: means over the `anomalous` images (N,). Of ViTs, whose
-    layers share one grid."""
-    import torch
-    import torch.nn.functional as F
+def on_the_defect(diffs, masks, chosen, top_k):
+    """Shares in % of patches that touch the mask: of all, and of each layer's k hottest.
 
-    if not anomalous.any():
-        return
-    side = math.isqrt(next(iter(d.values())).shape[1] - 1)
-    touched = torch.cat([F.adaptive_max_pool2d(mask[None].float(), side).flatten(1) for mask in masks])[anomalous]  # (n, P)
-    yield "all patches", 100 * touched.mean().item()
-    for c, x in d.items():
-        yield f"the {top_k} hottest of layer {c}", 100 * touched.gather(1, x[anomalous, 1:].topk(top_k, dim=1).indices).mean().item()
+    Means over the `chosen` images (n,). Of ViTs, whose layers have the same grid.
+    """
+    if not chosen.any():
+        return {}
+    side = math.isqrt(next(iter(diffs.values())).shape[1] - 1)
+    touched = [F.adaptive_max_pool2d(mask[None].float(), side).flatten(1) for mask in masks]
+    touched = torch.cat(touched)[chosen]  # (images, P)
+    shares = {"all patches": 100 * touched.mean().item()}
+    for c, d in diffs.items():
+        hottest = d[chosen, 1:].topk(top_k, dim=1).indices
+        shares[f"the {top_k} hottest of layer {c}"] = 100 * touched.gather(1, hottest).mean().item()
+    return shares
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+def column(run, model):
+    """One run's column of the table, {row: number}."""
+    settings = runs.read_config(run)["settings"]
+    split = test_split(
+        settings["dataset"],
+        settings["data_root"],
+        settings["category"],
+        size=model.teacher.image_size,
+    )
+    diffs, s_a = score_parts(model, split.images)
+    scores = variants(diffs, s_a, model.top_k)
+    numbers = {name: auroc(values, split.labels) for name, values in scores.items()}
+    if split.masks is None:
+        return numbers
+    anomalous = torch.tensor(split.labels) == 1
+    found = scores[SCORE] >= model.delta.item()
+    for word, chosen in (("found", anomalous & found), ("missed", anomalous & ~found)):
+        shares = on_the_defect(diffs, split.masks, chosen, model.top_k)
+        numbers |= {f"on the defect, %, {word}: {name}": x for name, x in shares.items()}
+    return numbers
+
+
+@runs.script
+def main(argv):
+    parser = runs.Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="complete run folders")
-    args = parser.parse_args()
-    columns, teachers = [], {}
-    with one_sentence():
-        import torch
-
-        from vitad import load
-
-        for run in args.runs:
-            settings, model = read_config(run)["settings"], load(run, teachers=teachers)
-            split = test_split(settings["dataset"], settings["data_root"], settings["category"], model.teacher.image_size)
-            d, s_a = parts(model, split.images)
-            scores = dict(variants(d, s_a, model.top_k))
-            columns.append({name: auroc(values, split.labels) for name, values in scores.items()})
-            for word, verdict in (("found", True), ("missed", False)) if split.masks is not None else ():
-                chosen = (scores[NAME] >= model.delta.item()).eq(verdict) & (torch.tensor(split.labels) == 1)
-                columns[-1].update({f"on the defect, %, {word}: {name}": value for name, value in on_the_defect(d, split.masks, chosen, model.top_k)})
-    print("| score | " + " | ".join(f"{run.parent.name} {run.name}" for run in args.runs) + " |\n|---" + "|---" * len(columns) + "|")
+    args = parser.parse_args(argv)
+    columns, teacher = [], None
+    for run in args.runs:
+        runs.set_tf32(runs.read_config(run)["settings"].get("precision"))
+        model = runs.load(run, teacher=teacher)
+        teacher = model.teacher
+        columns.append(column(run, model))
+    names = [f"{run.parent.name} {run.name}" for run in args.runs]
+    print(f"| score | {' | '.join(names)} |")
+    print("|---" + "|---" * len(columns) + "|")
     for name in columns[0]:
-        print(f"| {name} | " + " | ".join(f"{column[name]:.2f}" if name in column else "" for column in columns) + " |")
+        cells = [f"{numbers[name]:.2f}" if name in numbers else "" for numbers in columns]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

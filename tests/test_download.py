@@ -1,50 +1,48 @@
-"""weights/download.py against a server on this machine: whole, broken, refused and wrong downloads. No test leaves the loopback interface."""
-import contextlib
+"""weights/download.py against a server on this machine: whole, broken, refused, wrong downloads.
+
+No test leaves the loopback interface.
+"""
+
 import hashlib
-import os
-import pty
+import io
 import re
 import socket
-import subprocess
-import sys
 import threading
-import time
+from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_sentence, run, tiny_vit
-from safetensors.torch import save_file
+from torchvision.models import ViT_B_16_Weights
 
-import convert
-import download
-from download import fetch, weights_file
-from vit import load_vit
+from conftest import ROOT, assert_one_sentence, call, run_script, tiny_vit
+from runs import UserError
+from vit import ViT, load_vit, sha256
+from weights import convert, download
+from weights.download import Published, ensure_weights
 
-REAL = dict(download.CHECKPOINTS)
-CONTENT = bytes(range(256)) * 4000  # 1 MB
-SIZE, SHA256 = len(CONTENT), hashlib.sha256(CONTENT).hexdigest()
-SCRIPT = ROOT / "weights" / "download.py"
+REAL = dict(download.PUBLISHED)
+README = (ROOT / "weights" / "README.md").read_text()
+# width / 64 heads: the file does not tell them.
+SIZES = {"width": 128, "depth": 2, "heads": 2, "patch": 32, "grid": 7, "hidden": 64}
+CARD = convert.Card(**convert.HALF, source="a test", license="none")
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves server.content, in the manner that the test asks for, and writes down each request's Range header."""
+    """Serves server.content, in the manner that the test asks for, and counts the requests."""
 
     def do_GET(self):
-        server, asked = self.server, self.headers.get("Range")
-        server.requests.append(asked)
-        time.sleep(server.delay)
+        server = self.server
+        server.requests += 1
         if server.status:
-            return self.send_error(server.status)
-        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and server.ranges else 0
-        if start and start >= len(server.content):
-            return self.send_error(416)
-        self.send_response(206 if start else 200)
-        if server.announce:
-            self.send_header("Content-Length", str(len(server.content) - start))
+            self.send_error(server.status)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(server.content)))
         self.end_headers()
-        cut = server.cuts.pop(0) if server.cuts else None  # bytes of this answer; then the connection closes
-        self.wfile.write(server.content[start:][:cut])
+        self.wfile.write(server.content[: server.cut])
 
     def log_message(self, *args):
         pass
@@ -53,10 +51,12 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.content, server.requests, server.cuts = CONTENT, [], []
-        server.ranges, server.announce, server.status, server.delay = True, True, None, 0
+        server.content = b""
+        server.requests = 0
+        server.status = None
+        server.cut = None  # bytes of an answer; then the connection closes
         server.daemon_threads = False  # the end of the test waits for every answer
-        server.url = f"http://127.0.0.1:{server.server_port}/model.safetensors"
+        server.url = f"http://127.0.0.1:{server.server_port}/original.pth"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
@@ -66,15 +66,9 @@ def server():
 
 @pytest.fixture(autouse=True)
 def local(monkeypatch):
-    """No waiting, no proxy, no checkpoint of the real table."""
-    monkeypatch.setattr(download, "PAUSE", 0)
-    monkeypatch.setattr(download, "CHECKPOINTS", {})
+    """No proxy, and no checkpoint of the real table."""
+    monkeypatch.setattr(download, "PUBLISHED", {})
     monkeypatch.setenv("no_proxy", "*")
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "original.safetensors"
 
 
 @pytest.fixture
@@ -82,240 +76,293 @@ def nowhere():
     """A url on a port where nothing listens."""
     with socket.socket() as taken:  # bound, so that nobody else gets the port, but not listening
         taken.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{taken.getsockname()[1]}/model.safetensors"
-
-
-def part(path, content=None):
-    """The file that a broken download leaves; with `content`, left as by an earlier one."""
-    part = path.with_name(f"{path.name}.part")
-    if content is not None:
-        part.write_bytes(content)
-    return part
-
-
-def assert_fetched(path, content=CONTENT):
-    assert path.read_bytes() == content and list(path.parent.iterdir()) == [path]
-
-
-def refused(url, path, size=SIZE, sha256=SHA256):
-    """The sentence of a download that fails: it always says what to get from where, and where to put it."""
-    with pytest.raises(ValueError) as error:
-        fetch(url, path, size, sha256)
-    sentence = str(error.value)
-    assert url in sentence and sha256 in sentence and str(path) in sentence and "\n" not in sentence
-    assert not path.exists()
-    return sentence
-
-
-def test_a_plain_download(server, path, capsys):
-    fetch(server.url, path, SIZE, SHA256)
-    assert_fetched(path)
-    first, last = capsys.readouterr().err.splitlines()
-    assert first == "  0% 0.0 of 1.0 MB" and last.startswith("100% 1.0 of 1.0 MB ") and last.endswith(" MB/s")
-    fetch(server.url, path, SIZE, SHA256)
-    assert server.requests == [None]  # what is there is not fetched again
-
-
-def test_report_is_called_as_the_file_grows(server, path):
-    calls = []
-    fetch(server.url, path, SIZE, SHA256, report=lambda *call: calls.append(call))
-    done = [call[0] for call in calls]
-    assert calls[0] == (0, SIZE) and done == sorted(done) and len(done) > 3 and calls[-1][:2] == (SIZE, SIZE) and calls[-1][2] > 0
-
-
-@pytest.mark.parametrize("announce", [True, False])
-def test_a_cut_connection_is_resumed(server, path, announce):
-    server.cuts, server.announce = [300_001, 50_000], announce
-    fetch(server.url, path, SIZE, SHA256)
-    assert server.requests == [None, "bytes=300001-", "bytes=350001-"]
-    assert_fetched(path)
-
-
-def test_a_download_that_is_cut_every_time_goes_on_at_the_next_call(server, path):
-    server.cuts = [1000] * download.ATTEMPTS
-    sentence = refused(server.url, path)
-    kept = 1000 * download.ATTEMPTS
-    assert f"got {kept:,} bytes" in sentence and "cut" in sentence and part(path).read_bytes() == CONTENT[:kept]
-    assert len(server.requests) == download.ATTEMPTS
-    fetch(server.url, path, SIZE, SHA256)
-    assert server.requests[-1] == f"bytes={kept}-"
-    assert_fetched(path)
-
-
-@pytest.mark.parametrize("status", [404, 503])
-def test_an_http_error_ends_at_once_and_keeps_what_there_is(server, path, status):
-    part(path, CONTENT[:10])
-    server.status = status
-    assert f"HTTP {status}" in refused(server.url, path)
-    assert len(server.requests) == 1 and part(path).read_bytes() == CONTENT[:10]
-
-
-def test_wrong_content_is_deleted(server, path):
-    server.content = CONTENT[::-1]
-    assert f"got sha256 {hashlib.sha256(server.content).hexdigest()} (deleted)" in refused(server.url, path)
-    assert not list(path.parent.iterdir())
-
-
-@pytest.mark.parametrize("content", [b"please log in", CONTENT + b"more"])
-def test_a_file_that_announces_another_size_is_not_begun(server, path, content):
-    server.content = content
-    assert f"got a file of {len(content):,} bytes" in refused(server.url, path)
-    assert len(server.requests) == 1 and not list(path.parent.iterdir())
-
-
-def test_a_file_that_turns_out_too_long_is_deleted(server, path):
-    server.content, server.announce, calls = CONTENT * 3, False, []
-    with pytest.raises(ValueError, match=re.escape(f"got more than {SIZE:,} (deleted)")):
-        fetch(server.url, path, SIZE, SHA256, report=lambda *call: calls.append(call))
-    assert calls[-1][0] <= SIZE + download.CHUNK  # and the rest is not waited for
-    assert len(server.requests) == 1 and not list(path.parent.iterdir())
-
-
-def test_a_file_that_turns_out_too_short_is_not_waited_for(server, path):
-    server.content, server.announce = CONTENT[:1000], False
-    assert "cut" in refused(server.url, path)
-    assert len(server.requests) < 3 * download.ATTEMPTS
-
-
-def test_a_server_that_ignores_ranges_sends_the_file_from_its_beginning(server, path):
-    server.ranges, server.cuts = False, [400_000]
-    fetch(server.url, path, SIZE, SHA256)
-    assert server.requests == [None, "bytes=400000-"]
-    assert_fetched(path)
-
-
-def test_a_server_that_is_not_there(nowhere, path):
-    assert "Connection refused" in refused(nowhere, path)
-    assert not list(path.parent.iterdir())
-
-
-def test_a_server_that_does_not_answer(server, path, monkeypatch):
-    monkeypatch.setattr(download, "TIMEOUT", 0.05)
-    server.delay = 0.2
-    assert "timed out" in refused(server.url, path)
-    assert len(server.requests) == 1
-
-
-def test_a_complete_part_needs_no_request(server, path):
-    part(path, CONTENT)
-    fetch(server.url, path, SIZE, SHA256)
-    assert not server.requests
-    assert_fetched(path)
-
-
-def test_a_complete_but_wrong_part_is_deleted(server, path):
-    part(path, CONTENT[::-1])
-    assert "(deleted)" in refused(server.url, path)
-    assert not server.requests and not part(path).exists()
-
-
-def test_an_oversized_part_is_thrown_away(server, path):
-    part(path, CONTENT + b"more")
-    fetch(server.url, path, SIZE, SHA256)
-    assert server.requests == [None]
-    assert_fetched(path)
-
-
-def test_416_begins_anew(server, path):
-    """A server with no byte beyond the part, though the part is not complete, is asked for the whole file; then its answer counts."""
-    part(path, CONTENT[:1000])
-    server.content = b"please log in"
-    assert "got a file of 13 bytes" in refused(server.url, path)
-    assert server.requests == ["bytes=1000-", None] and not list(path.parent.iterdir())
-
-
-def test_another_file_in_its_place_is_not_overwritten(server, path):
-    path.write_bytes(b"mine")
-    with pytest.raises(ValueError, match="got another: remove it"):
-        fetch(server.url, path, SIZE, SHA256)
-    assert path.read_bytes() == b"mine" and not server.requests
-
-
-def test_progress_in_a_terminal_is_one_line(server, path, monkeypatch):
-    terminal, end = pty.openpty()
-    with open(end, "w") as stderr:
-        monkeypatch.setattr(sys, "stderr", stderr)
-        fetch(server.url, path, SIZE, SHA256)
-    shown = b""
-    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
-        while more := os.read(terminal, 4096):
-            shown += more
-    os.close(terminal)
-    assert shown.startswith(b"\x1b[K  0% 0.0 of 1.0 MB\r\x1b[K") and shown.count(b"\n") == 1 and shown.endswith(b"MB/s\r\n")
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}/original.pth"
 
 
 @pytest.fixture
-def checkpoint(server, tmp_path, monkeypatch):
-    """A small ViT in timm's layout, known to download.py and convert.py as "tiny"; -> the ViT."""
-    vit = tiny_vit(width=128, depth=2, heads=2, patch=32, grid=7, hidden=64)  # width / 64 heads: the file does not tell them
-    save_file(vit.state_dict(), tmp_path / "served")
-    server.content = (tmp_path / "served").read_bytes()
+def vit():
+    return tiny_vit(**SIZES)
+
+
+@pytest.fixture
+def published(server, vit, monkeypatch):
+    """`vit` in timm's layout, on the server and known as "tiny"."""
+    file = io.BytesIO()
+    torch.save(vit.state_dict(), file)
+    server.content = file.getvalue()
+    parameters = sum(p.numel() for p in vit.parameters())
     digest = hashlib.sha256(server.content).hexdigest()
-    monkeypatch.setattr(download, "CHECKPOINTS", {"tiny": (server.url, len(server.content), digest)})
-    monkeypatch.setitem(convert.KNOWN, "tiny", (convert.HALF, "gelu", "a test", "none"))
-    return vit
+    entry = Published(server.url, digest, parameters, width=128, depth=2, patch=32)
+    monkeypatch.setitem(download.PUBLISHED, "tiny", entry)
+    monkeypatch.setitem(convert.KNOWN, "tiny", CARD)
+    return entry
 
 
-def test_a_name_is_downloaded_and_converted_once(server, checkpoint, tmp_path, capsys):
-    folder = tmp_path / "weights"
-    path = weights_file("tiny", folder)
-    assert path == folder / "tiny.safetensors" and (folder / "original" / "tiny.safetensors").read_bytes() == server.content
-    vit = load_vit(path)
-    assert vit.metadata["source"] == "a test" and vit.metadata["original_sha256"] == download.CHECKPOINTS["tiny"][2]
-    assert vit.config == {**checkpoint.config, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-    assert all(torch.equal(vit.state_dict()[key], value) for key, value in checkpoint.state_dict().items())
-    said = capsys.readouterr().out
-    assert server.url in said and f"wrote {path}" in said
-    assert weights_file("tiny", folder) == path and server.requests == [None] and not capsys.readouterr().out
+def publish(published, **changes):
+    download.PUBLISHED["tiny"] = replace(published, **changes)
 
 
-def test_an_original_put_there_by_hand_is_converted(server, checkpoint, tmp_path):
+def refused(folder):
+    """The sentence of a download that fails.
+
+    It says what to get from where, and where to put it; and nothing is left.
+    """
+    with pytest.raises(UserError) as error:
+        ensure_weights("tiny", folder)
+    sentence = str(error.value)
+    entry = download.PUBLISHED["tiny"]
+    original = folder / "original" / "tiny.pth"
+    assert entry.url in sentence and f"save that file as {original}" in sentence
+    assert entry.expected() in sentence and "\n" not in sentence
+    assert not files(folder)
+    return sentence
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+# ------------------------------------------------------------------------------------ downloads
+
+
+@pytest.mark.parametrize("digits", [64, 8, 0])
+def test_a_name_is_downloaded_and_converted_once(
+    server, published, vit, digits, tmp_path, monkeypatch, capsys
+):
+    """With the whole sha256, its beginning, or none."""
+    digest = published.sha256
+    publish(published, sha256=digest[:digits] or None)
+    path = ensure_weights("tiny", tmp_path)
+    original = tmp_path / "original" / "tiny.pth"
+    assert path == tmp_path / "tiny.safetensors" and files(tmp_path) == [original, path]
+    assert original.read_bytes() == server.content
+    teacher = load_vit(path)
+    assert teacher.metadata["source"] == "a test"
+    assert teacher.metadata["original_sha256"] == digest
+    assert teacher.config == {**vit.config, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    for key, value in vit.state_dict().items():
+        assert torch.equal(teacher.state_dict()[key], value)
+    captured = capsys.readouterr()
+    for word in (server.url, f"sha256 {digest}", f"wrote {path}"):
+        assert word in captured.out
+    assert "100" in captured.err  # percent
+
+    assert ensure_weights("tiny", tmp_path) == path
+    assert server.requests == 1 and not capsys.readouterr().out
+
+
+def test_file_urls_work_too(published, server, tmp_path):
+    """A mirror in a folder is a line in the table."""
+    (tmp_path / "mirror.pth").write_bytes(server.content)
+    publish(published, url=(tmp_path / "mirror.pth").as_uri())
+    assert load_vit(ensure_weights("tiny", tmp_path / "weights")).config["width"] == 128
+
+
+def test_wrong_content_leaves_nothing(server, published, tmp_path):
+    server.content = server.content[::-1]
+    digest = hashlib.sha256(server.content).hexdigest()
+    sentence = refused(tmp_path)
+    assert published.sha256 in sentence and digest in sentence
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_cut_connection_leaves_nothing(server, published, hashed, tmp_path):
+    server.cut = len(server.content) // 2
+    if not hashed:
+        publish(published, sha256=None)
+    sentence = refused(tmp_path)
+    assert hashed or "a broken file" in sentence
+    server.cut = None
+    assert ensure_weights("tiny", tmp_path).is_file()
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_an_http_error(server, published, status, tmp_path):
+    server.status = status
+    assert f"HTTP Error {status}" in refused(tmp_path)
+    assert server.requests == 1
+
+
+def test_a_server_that_is_not_there(nowhere, published, tmp_path):
+    publish(published, url=nowhere)
+    assert "Connection refused" in refused(tmp_path)
+    assert (tmp_path / "original").is_dir()  # to put the file into
+
+
+@pytest.mark.parametrize(
+    "change", [{"width": 64}, {"depth": 12}, {"patch": 16}, {"parameters": 1}], ids=str
+)
+@pytest.mark.parametrize("hashed", [True, False])
+def test_wrong_sizes_leave_nothing(published, change, hashed, tmp_path):
+    if not hashed:
+        publish(published, sha256=None)
+    publish(download.PUBLISHED["tiny"], **change)
+    sentence = refused(tmp_path)
+    assert download.sizes_in_words(download.PUBLISHED["tiny"]) in sentence
+    assert f"got {download.sizes_in_words(published)}" in sentence
+
+
+def test_a_full_disk_is_not_blamed_on_the_network(published, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        ensure_weights("tiny", tmp_path)
+
+
+# -------------------------------------------------------------------------------------- by hand
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_an_original_put_there_by_hand_is_converted(server, published, hashed, tmp_path):
+    if not hashed:
+        publish(published, sha256=None)
     (tmp_path / "original").mkdir()
-    (tmp_path / "original" / "tiny.safetensors").write_bytes(server.content)
-    assert load_vit(weights_file("tiny", tmp_path)).config["width"] == 128 and not server.requests
+    (tmp_path / "original" / "tiny.pth").write_bytes(server.content)
+    assert load_vit(ensure_weights("tiny", tmp_path)).config["width"] == 128
+    assert not server.requests
 
 
-def test_without_network_a_name_leaves_the_folder_to_put_the_file_into(nowhere, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "CHECKPOINTS", {"tiny": (nowhere, SIZE, SHA256)})
-    with pytest.raises(ValueError) as error:
-        weights_file("tiny", tmp_path)
-    assert all(text in str(error.value) for text in (str(tmp_path / "original" / "tiny.safetensors"), nowhere, SHA256))
-    assert not list((tmp_path / "original").iterdir())
+@pytest.mark.parametrize("kind", ["sha256", "sizes", "no checkpoint"])
+def test_another_file_in_its_place_is_kept(server, published, kind, tmp_path):
+    original = tmp_path / "original" / "tiny.pth"
+    original.parent.mkdir()
+    original.write_bytes(server.content)
+    words = "expected a checkpoint of plain tensors"
+    if kind == "sha256":
+        original.write_bytes(b"mine")
+        words = f"got sha256 {sha256(original)}: remove it"
+    if kind == "sizes":
+        publish(published, sha256=None, width=64)
+        words = "got width 128, depth 2"
+    if kind == "no checkpoint":
+        original.write_bytes(b"mine")
+        publish(published, sha256=None)
+    before = original.read_bytes()
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        ensure_weights("tiny", tmp_path)
+    assert str(original) in str(error.value) and "\n" not in str(error.value)
+    assert files(tmp_path) == [original] and original.read_bytes() == before
+    assert not server.requests
 
 
 def test_a_file_is_taken_as_it_is(tmp_path):
     (tmp_path / "teacher.bin").touch()
-    assert weights_file(str(tmp_path / "teacher.bin"), tmp_path) == tmp_path / "teacher.bin"
-    assert weights_file("absent.safetensors", tmp_path).name == "absent.safetensors"  # load_vit says that it is
+    assert ensure_weights(tmp_path / "teacher.bin", tmp_path) == tmp_path / "teacher.bin"
+    # load_teacher says that this one is absent.
+    assert ensure_weights("absent.safetensors", tmp_path).name == "absent.safetensors"
 
 
-@pytest.mark.parametrize("name, hint", [("tinny", "did you mean tiny?"), ("mine-2", "did you mean mine?"), ("resnet50", "weights/README.md")])
-def test_an_unknown_name(checkpoint, tmp_path, name, hint):
+def test_a_name_that_is_there_is_taken_as_it_is(tmp_path):
     (tmp_path / "mine.safetensors").touch()
-    with pytest.raises(ValueError) as error:
-        weights_file(name, tmp_path)
+    assert ensure_weights("mine", tmp_path) == tmp_path / "mine.safetensors"
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("tinny", "did you mean tiny?"),
+        ("mine-2", "did you mean mine?"),
+        ("resnet50", "weights/README.md"),
+    ],
+)
+def test_an_unknown_name(published, tmp_path, name, hint):
+    (tmp_path / "mine.safetensors").touch()
+    with pytest.raises(UserError) as error:
+        ensure_weights(name, tmp_path)
     sentence = str(error.value)
-    assert repr(name) in sentence and hint in sentence and "a .safetensors file or one of mine, tiny" in sentence
+    assert repr(name) in sentence and hint in sentence
+    assert "a .safetensors file or one of mine, tiny" in sentence
 
 
-def test_the_table_agrees_with_the_readme_and_convert():
-    readme = (ROOT / "weights" / "README.md").read_text()
-    for name, (url, size, sha256) in REAL.items():
-        repository, revision = re.fullmatch(r"https://huggingface\.co/(timm/[\w.]+)/resolve/([0-9a-f]{40})/model\.safetensors", url).groups()
-        assert all(f"`{text}`" in readme for text in (repository, revision, sha256)) and f"{size:,} bytes" in readme
-        assert name in convert.KNOWN and convert.KNOWN_SHA256[sha256] == repository.removeprefix("timm/")
+# ------------------------------------------------------------------------------------ the table
 
 
-def test_a_file_that_is_there_is_found_without_torch(tmp_path):
-    (tmp_path / "mine.safetensors").touch()
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from weights.download import weights_file\n"
-            f"print(weights_file('mine', {str(tmp_path)!r})); sys.exit('torch' in sys.modules)")
-    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert process.returncode == 0 and process.stdout.strip() == str(tmp_path / "mine.safetensors"), process.stderr
+@pytest.mark.parametrize("name", REAL)
+def test_every_entry_of_the_table(name):
+    entry = REAL[name]
+    url = urlsplit(entry.url)
+    assert url.scheme == "https" and url.hostname and not url.query
+    stem, _, suffix = url.path.rpartition("/")[2].rpartition(".")
+    assert suffix in ("pth", "safetensors")
+
+    # convert.py knows its normalisation by our name, and by that of the url or the sha256.
+    assert name in convert.KNOWN
+    if url.hostname == "huggingface.co":  # names one revision, so that the file cannot change
+        pattern = r"/timm/([\w.]+)/resolve/[0-9a-f]{40}/model\.safetensors"
+        repository = re.fullmatch(pattern, url.path)[1]
+        assert convert.KNOWN_SHA256[entry.sha256] == repository
+        stem = repository
+    assert convert.KNOWN[stem] == convert.KNOWN[name]
+
+    # The sha256: whole, or the beginning that the file's name gives.
+    if entry.sha256 is not None:
+        assert re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{8}", entry.sha256)
+    if entry.sha256 is not None and len(entry.sha256) == 8:
+        assert stem.endswith(f"-{entry.sha256}")
 
 
-def test_the_command_line(tmp_path):
-    assert "vit_base_patch16_224" in run(SCRIPT, "--help").stdout
-    assert_one_sentence(run(SCRIPT), "name")
-    assert_one_sentence(run(SCRIPT, "vit_bose_patch16_224"), "did you mean vit_base_patch16_224")
-    assert_one_sentence(run(SCRIPT, tmp_path / "a.safetensors"), "got a file", "--weights")
+@pytest.mark.parametrize("name", REAL)
+def test_the_table_has_the_sizes_of_the_networks(name):
+    entry = REAL[name]
+    classes = 0 if "dino" in name else 1000
+    with torch.device("meta"):
+        vit = ViT(
+            width=entry.width,
+            depth=entry.depth,
+            heads=entry.width // 64,
+            hidden=4 * entry.width,
+            patch=entry.patch,
+            grid=224 // entry.patch,
+            classes=classes,
+        )
+    assert sum(p.numel() for p in vit.parameters()) == entry.parameters
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_table_agrees_with_the_readme(name):
+    entry = REAL[name]
+    card = convert.KNOWN[name]
+    rows = [line for line in README.splitlines() if line.startswith(f"| `{name}` |")]
+    facts, source = (row.strip("|").split("|") for row in rows)
+    assert f"{entry.parameters:,}" in facts[2]
+    assert {"0.5": (0.5,) * 3, "ImageNet's": convert.IMAGENET_MEAN}[facts[3].strip()] == card.mean
+    assert facts[4].strip() == card.license
+    assert f"<{entry.url}>" in source[1]
+    if entry.sha256 is None:
+        assert "none published" in source[2]
+    else:
+        assert f"`{entry.sha256}" in source[2]
+        assert ("begins with" in source[2]) == (len(entry.sha256) == 8)
+
+
+def test_torchvision_still_has_this_url():
+    weights = ViT_B_16_Weights.IMAGENET1K_V1
+    assert REAL["vit_b_16"].url == weights.url
+    assert REAL["vit_b_16"].parameters == weights.meta["num_params"]
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+def test_main(published, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "ensure_weights", partial(ensure_weights, folder=tmp_path))
+    result = call(download.main, "tiny")
+    assert result.code == 0
+    assert f"{tmp_path / 'tiny.safetensors'}: ready for --weights" in result.out
+
+
+def test_wrong_arguments(published, nowhere, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "ensure_weights", partial(ensure_weights, folder=tmp_path))
+    publish(published, url=nowhere)
+    assert_one_sentence(call(download.main), "name")
+    assert_one_sentence(call(download.main, "tinny"), "did you mean tiny?")
+    assert_one_sentence(call(download.main, tmp_path / "a.safetensors"), "got a file", "--weights")
+    assert_one_sentence(call(download.main, "tiny"), nowhere, "Connection refused")
+
+
+def test_the_command_line():
+    """As a user gives it, from the repository's root."""
+    result = run_script("weights/download.py", "vit_bose_patch16_224", cwd=ROOT)
+    assert_one_sentence(result, "did you mean vit_base_patch16_224")

@@ -1,76 +1,160 @@
 """The tables in results/: nothing in them is typed by hand."""
+
 import json
 import shutil
 
 import pytest
-from conftest import ROOT, assert_one_sentence, make_category, run, save_vit, tiny_vit
 
-from results.report import cell, table
-
-
-def result(category, seed, auroc, **changes):
-    values = {"dataset": "mvtec", "category": category, "seed": seed, "auroc": auroc, "auroc_score_d": auroc - 1, "auroc_score_a": 70.0,
-              "auroc_score_a_teacher": 60.0, "pixel_auroc": None, "au_pro": None, "steps": 1643, "teacher": "t", "teacher_sha256": "0",
-              "trained": {"command": f"python train.py --seed {seed}", "commit": "abc", "device": "cpu", "date": "2026-11-23T00:00:00"},
-              "command": "python evaluate.py", "commit": "def", "device": "cpu", "date": "2026-11-24T00:00:00", "versions": {"torch": "2.15.0"}}
-    return {**values, **changes}
-
-
-def rows(text):
-    return {cells[0]: cells[1:] for line in text.splitlines() if line.startswith("| ") for cells in [[c.strip() for c in line.strip("| ").split(" | ")]]}
-
-
-def test_the_table_means_over_seeds_then_over_categories():
-    text = table([result("bottle", 0, 90.0), result("bottle", 1, 100.0), result("pill", 0, 65.0)])
-    found = rows(text)
-    assert list(found)[1:16] == "bottle hazelnut capsule metal_nut leather pill wood carpet tile grid cable transistor toothbrush screw zipper".split()
-    assert found["bottle"] == ["100.0", "95.00 ± 7.07", "94.00 ± 7.07", "70.00 ± 0.00", "60.00 ± 0.00", "0, 1", "1643"]
-    assert found["pill"][:2] == ["88.1", "65.00"] and found["hazelnut"][:2] == ["96.4", "not yet run"]
-    assert found["mean of 2"][:3] == ["94.05", "80.00", "79.00"]  # of bottle and pill, ours and the paper's
-    assert "| `python train.py --seed 1` | abc | cpu | 2.15.0 | 2026-11-23 |\n| `python evaluate.py` | def | cpu | 2.15.0 | 2026-11-24 |\n" in text
-    assert "pixels" not in text and "pixels" in table([result("bottle", 0, 90.0, pixel_auroc=95.0, au_pro=80.0)])
-
-
-def test_cell():
-    assert cell([]) == "" and cell([None]) == "" and cell([99.756]) == "99.76" and cell([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
-
+import evaluate
+import train
+from conftest import ROOT, assert_one_sentence, call, make_category, run_script, save_vit, tiny_vit
+from data import CATEGORIES
+from results import anatomy
+from results.report import cell, paper, table
 
 FOLDERS = sorted(path for path in (ROOT / "results").glob("*/*/") if list(path.glob("*.json")))
 
 
+def result_of(category, seed, auroc, **changes):
+    """A result.json."""
+    trained = {
+        "command": f"python train.py --seed {seed}",
+        "commit": "abc",
+        "device": "cpu",
+        "date": "2026-11-23T00:00:00",
+    }
+    return {
+        "dataset": "mvtec",
+        "category": category,
+        "seed": seed,
+        "auroc": auroc,
+        "auroc_score_d": auroc - 1,
+        "auroc_score_a": 70.0,
+        "auroc_score_a_teacher": 60.0,
+        "pixel_auroc": None,
+        "au_pro": None,
+        "steps": 1643,
+        "teacher": "t",
+        "teacher_sha256": "0",
+        "trained": trained,
+        "command": "python evaluate.py",
+        "commit": "def",
+        "device": "cpu",
+        "date": "2026-11-24T00:00:00",
+        "versions": {"torch": "2.15.0"},
+        **changes,
+    }
+
+
+def rows_of(text):
+    """A Markdown table -> {first cell: the others}."""
+    rows = {}
+    for line in text.splitlines():
+        if line.startswith("| "):
+            name, *cells = [part.strip() for part in line.strip("| ").split(" | ")]
+            rows[name] = cells
+    return rows
+
+
+def test_the_table_means_over_seeds_then_over_categories():
+    results = [
+        result_of("bottle", 0, 90.0),
+        result_of("bottle", 1, 100.0),
+        result_of("pill", 0, 65.0),
+    ]
+    text = table(results)
+    rows = rows_of(text)
+    order = (
+        "bottle hazelnut capsule metal_nut leather pill wood carpet tile grid cable transistor "
+        "toothbrush screw zipper"
+    )
+    assert list(rows)[1:16] == order.split()
+    shown = ["100.0", "95.00 ± 7.07", "94.00 ± 7.07", "70.00 ± 0.00", "60.00 ± 0.00"]
+    assert rows["bottle"] == [*shown, "0, 1", "1643"]
+    assert rows["pill"][:2] == ["88.1", "65.00"]
+    assert rows["hazelnut"][:2] == ["96.4", "not yet run"]
+    # Of bottle and pill, the paper's and ours.
+    assert rows["mean of 2"][:3] == ["94.05", "80.00", "79.00"]
+    trained = "| `python train.py --seed 1` | abc | cpu | 2.15.0 | 2026-11-23 |\n"
+    scored = "| `python evaluate.py` | def | cpu | 2.15.0 | 2026-11-24 |\n"
+    assert trained + scored in text and text.count(scored) == 1
+    assert "pixels" not in text
+    assert "pixels" in table([result_of("bottle", 0, 90.0, pixel_auroc=95.0, au_pro=80.0)])
+
+
+def test_cell():
+    assert cell([]) == "" and cell([None]) == "" and cell([99.756]) == "99.76"
+    assert cell([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_the_tables_follow_from_the_results_beside_them(folder):
-    assert folder.with_suffix(".md").read_text() == table([json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))])
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    assert folder.with_suffix(".md").read_text() == table(results)
 
 
-def test_a_report_scores_what_has_no_result_and_one_broken_run_stops_no_other(tmp_path):
-    make_category(tmp_path / "own", train=4)
-    save_vit(tiny_vit(), tmp_path / "teacher.safetensors")
-    command = ("--dataset", "folder", "--data-root", "own", "--weights", "teacher.safetensors", "--epochs", 1)
-    process = run(ROOT / "train.py", *command, "--seeds", "0,1", cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    model = tmp_path / "runs/folder/own/seed1/model.safetensors"
+def test_the_papers_numbers_are_there_for_every_category():
+    assert set(paper()) == {"cifar10", "cifar100", "fashion_mnist", "mvtec"}
+    for dataset, percent in paper().items():
+        assert set(percent) == set(CATEGORIES[dataset])
+        assert all(50 < value <= 100 for value in percent.values())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, own_cache):
+    """A folder with two runs."""
+    folder = tmp_path_factory.mktemp("report")
+    make_category(folder / "own", train=4)
+    save_vit(tiny_vit(), folder / "teacher.safetensors")
+    command = ("--dataset", "folder", "--data-root", "own", "--weights", "teacher.safetensors")
+    result = call(train.main, *command, "--epochs", 1, "--seeds", "0,1", cwd=folder)
+    assert result.code == 0, result.err
+    return folder
+
+
+def test_a_report_scores_what_has_no_result_and_one_broken_run_stops_no_other(world):
+    runs = world / "runs/folder/own"
+    model = runs / "seed1/model.safetensors"
     whole = model.read_bytes()
     model.write_bytes(whole[:-50])
-    process = run(ROOT / "evaluate.py", "--report", "out", cwd=tmp_path)
-    assert process.returncode == 2 and "mean" in process.stdout and (tmp_path / "runs/folder/own/seed0/result.json").exists()
-    assert "seed1/model.safetensors" in process.stderr and process.stderr.endswith("1 of 2 runs could not be scored, for the reasons above\n")
+    result = call(evaluate.main, "--report", "out", cwd=world)
+    assert result.code == 2 and "mean" in result.out and (runs / "seed0/result.json").exists()
+    assert "seed1/model.safetensors" in result.err
+    last = "1 of 2 runs could not be scored, for the reasons above\n"
+    assert result.err.endswith(last)
     model.write_bytes(whole)
-    result = json.loads((tmp_path / "runs/folder/own/seed0/result.json").read_text())
-    process = run(ROOT / "results/anatomy.py", "runs/folder/own/seed0", cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    found = rows(process.stdout)
-    for name, key in (("S_D + S_A (Eq. 10)", "auroc"), ("S_D", "auroc_score_d"), ("S_D with k = 20", "auroc_score_d"), ("S_A", "auroc_score_a")):
-        assert found[name] == [f"{result[key]:.2f}"], name
-    process = run(ROOT / "evaluate.py", "--report", "out", cwd=tmp_path)
-    assert process.returncode == 0 and "table: out/folder.md" in process.stdout, process.stderr
-    assert process.stdout.count("own seed") == 1  # seed 0 was not scored again
-    text = (tmp_path / "out/folder.md").read_text()
-    assert rows(text)["own"][-2:] == ["0, 1", "1"] and sorted(path.name for path in (tmp_path / "out/folder").iterdir()) == ["own_seed0.json", "own_seed1.json"]
-    again = run(ROOT / "evaluate.py", "--report", "out", cwd=tmp_path)
-    assert again.returncode == 0 and (tmp_path / "out/folder.md").read_text() == text
 
-    shutil.copytree(tmp_path / "runs", tmp_path / "others/runs")
-    path = tmp_path / "others/runs/folder/own/seed0/result.json"
+    result = call(evaluate.main, "--report", "out", cwd=world)
+    assert result.code == 0, result.err
+    assert "table: out/folder.md" in result.out
+    assert result.out.count("own seed") == 1  # seed 0 was not scored again
+    text = (world / "out/folder.md").read_text()
+    assert rows_of(text)["own"][-2:] == ["0, 1", "1"]
+    kept = sorted(path.name for path in (world / "out/folder").iterdir())
+    assert kept == ["own_seed0.json", "own_seed1.json"]
+    again = call(evaluate.main, "--report", "out", cwd=world)
+    assert again.code == 0 and (world / "out/folder.md").read_text() == text
+
+    shutil.copytree(world / "runs", world / "others/runs")
+    path = world / "others/runs/folder/own/seed0/result.json"
     path.write_text(path.read_text().replace('"teacher_sha256": "', '"teacher_sha256": "0'))
-    assert_one_sentence(run(ROOT / "evaluate.py", "--out", "others", "--report", "out", cwd=tmp_path), "expected the results of one teacher")
+    result = call(evaluate.main, "--out", "others", "--report", "out", cwd=world)
+    assert_one_sentence(result, "expected the results of one teacher")
+
+
+def test_the_anatomy_of_a_run(world):
+    """From the command line. Its rows that evaluate.py has too are the same."""
+    run = "runs/folder/own/seed1"
+    assert call(evaluate.main, run, cwd=world).code == 0
+    result = json.loads((world / run / "result.json").read_text())
+    process = run_script(ROOT / "results/anatomy.py", run, cwd=world)
+    assert process.code == 0, process.err
+    rows = rows_of(process.out)
+    for name, key in (
+        (anatomy.SCORE, "auroc"),
+        ("S_D", "auroc_score_d"),
+        ("S_D with k = 20", "auroc_score_d"),
+        ("S_A", "auroc_score_a"),
+    ):
+        assert rows[name] == [f"{result[key]:.2f}"], name
+    assert_one_sentence(call(anatomy.main, cwd=world), "required: RUN")

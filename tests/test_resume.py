@@ -1,43 +1,70 @@
-"""Runs that survive: stopped, killed, out of memory, resumed; the weights are in the end those of a run that nothing happened to."""
+"""Runs that survive: stopped, killed, out of memory, resumed.
+
+In the end their weights are those of a run that nothing happened to.
+"""
+
+import functools
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_sentence, make_category, run, save_vit, tiny_vit
 from safetensors.torch import load_file
 
+import runs
 import train
+from conftest import assert_one_sentence, call, make_category, save_vit, tiny_vit
 
-TRAIN = ROOT / "train.py"
-KILLED = ("--epochs", 80, "--checkpoint-every", 0)  # 240 steps: a checkpoint at every epoch's end
+RUN = "folder/own/seed0"
+KILLED = ("--epochs", 50, "--checkpoint-every", 0)  # 150 steps: a checkpoint at every epoch's end
+KILLS = 6  # of a run
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with own pictures and a tiny teacher; a cache of its own."""
+def world(tmp_path_factory, own_cache):
+    """A folder with own pictures and a tiny teacher."""
     folder = tmp_path_factory.mktemp("resume")
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     make_category(folder / "own", train=11)
-    save_vit(tiny_vit(), folder / "teacher.safetensors")
-    yield folder
-    os.environ.pop("XDG_CACHE_HOME") if before is None else os.environ.update(XDG_CACHE_HOME=before)
+    save_vit(tiny_vit(depth=4), folder / "teacher.safetensors")
+    return folder
 
 
 def arguments(world, out, *options):
-    return ["--dataset", "folder", "--data-root", world / "own", "--weights", world / "teacher.safetensors", "--out", out, "--epochs", 4, *options]
+    own = ("--dataset", "folder", "--data-root", world / "own")
+    teacher = ("--weights", world / "teacher.safetensors", "--layers", "0,1,2,3")
+    return [*own, *teacher, "--out", out, "--epochs", 4, *options]
 
 
-def in_process(world, out, *options):
-    train.main(*train.parse([str(part) for part in arguments(world, out, *options)]))
-    return out / "folder/own/seed0"
+def run_train(world, out, *options):
+    """train.py in this process."""
+    return call(train.main, *arguments(world, out, *options))
+
+
+def complete_run(world, out, *options):
+    """The same, to the end; -> its folder."""
+    result = run_train(world, out, *options)
+    assert result.code == 0, result.err
+    return out / RUN
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory):
+    """A function: options -> the folder of a run that nothing happens to, trained once."""
+
+    @functools.cache
+    def folder(*options):
+        return complete_run(world, tmp_path_factory.mktemp("undisturbed"), *options)
+
+    return folder
+
+
+def model_bytes(folder):
+    return (folder / "model.safetensors").read_bytes()
 
 
 def steps_logged(folder):
@@ -45,144 +72,242 @@ def steps_logged(folder):
     return [line["step"] for line in lines if "loss" in line]
 
 
-def stop_after(monkeypatch, steps, action):
+def act_in_step(monkeypatch, step, action):
     """Do `action` once, in the middle of the given step of a run in this process."""
-    add, count = train.Progress.add, iter(range(1, 10**6))
+    add = train.Progress.add
+    steps = 0
 
-    def wrapped(self, *args):
+    def add_and_act(self, *args):
+        nonlocal steps
         add(self, *args)
-        if next(count) == steps:
+        steps += 1
+        if steps == step:
             action()
 
-    monkeypatch.setattr(train.Progress, "add", wrapped)
+    monkeypatch.setattr(train.Progress, "add", add_and_act)
 
 
-@pytest.fixture(autouse=True)
-def signals():
-    """train.py catches them; the tests' own process gets them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def stop_run(world, out, *options, step=2, number=signal.SIGTERM):
+    """A run in this process that gets a signal in the given step; -> its result."""
+    with pytest.MonkeyPatch.context() as patch:
+        act_in_step(patch, step, functools.partial(os.kill, os.getpid(), number))
+        result = run_train(world, out, *options)
+    assert result.code == 128 + number, result.err
+    assert f"stopped after step {step} of " in result.err
+    assert not (out / RUN / "model.safetensors").exists()
+    return result
 
 
-@pytest.mark.parametrize("options", [
-    (), ("--anchor", "ema", "--optimizer", "sgd", "--momentum", 0), ("--optimizer", "sgd", "--holdout", 0.3), ("--cache", "disk", "--precision", "bf16"), ("--cache", "off"),
-], ids=lambda options: " ".join(map(str, options)) or "default")
-@pytest.mark.parametrize("steps, number", [(2, signal.SIGTERM), (3, signal.SIGINT), (8, signal.SIGTERM)])
-def test_a_stopped_run_resumes_bit_for_bit(world, tmp_path, monkeypatch, options, steps, number):
-    whole = in_process(world, tmp_path / "whole", *options)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        stop_after(patch, steps, lambda: os.kill(os.getpid(), number))
-        in_process(world, tmp_path / "stopped", *options)
-    assert stop.value.code == 128 + number
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--anchor", "ema", "--optimizer", "sgd", "--momentum", 0),
+        ("--optimizer", "sgd", "--holdout", 0.3),
+        ("--cache", "disk", "--precision", "bf16"),
+        ("--cache", "off"),
+    ],
+    ids=lambda options: " ".join(map(str, options)) or "default",
+)
+@pytest.mark.parametrize(
+    "step, number", [(2, signal.SIGTERM), (3, signal.SIGINT), (8, signal.SIGTERM)]
+)
+def test_a_stopped_run_resumes_bit_for_bit(world, undisturbed, tmp_path, options, step, number):
+    whole = undisturbed(*options)
+    stop_run(world, tmp_path, *options, step=step, number=number)
     torch.rand(3)  # another state of the generator than the run's
-    resumed = in_process(world, tmp_path / "stopped", "--resume", *options)
-    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert sorted(path.name for path in resumed.iterdir()) == ["config.json", "log.jsonl", "model.safetensors"]
-    assert steps_logged(resumed) == sorted({*steps_logged(whole), steps})
+    resumed = complete_run(world, tmp_path, "--resume", *options)
+    assert model_bytes(resumed) == model_bytes(whole)
+    names = sorted(path.name for path in resumed.iterdir())
+    assert names == ["config.json", "log.jsonl", "model.safetensors"]
+    assert steps_logged(resumed) == sorted({*steps_logged(whole), step})
     assert len(json.loads((resumed / "config.json").read_text())["resumed"]) == 1
 
 
-def test_the_checkpoint_decides_and_not_what_ran_before(world, tmp_path, monkeypatch):
-    """A mutation of every kind of state must show in the end, or the comparison above would prove nothing."""
-    whole = in_process(world, tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        stop_after(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        in_process(world, tmp_path / "stopped")
-    path = tmp_path / "stopped/folder/own/seed0/checkpoint.safetensors"
+def test_the_handlers_of_signals_are_put_back(world, tmp_path):
+    """After a run that is complete, stopped, or failed. A second signal finds the system's."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    found = []
+
+    def handler(number, frame):
+        raise AssertionError("train.py did not catch the signal")
+
+    def handlers():
+        return [signal.getsignal(number) for number in numbers]
+
+    def go_on():
+        pass
+
+    def stop():
+        os.kill(os.getpid(), signal.SIGINT)
+        found.append(handlers())
+
+    def fail():
+        found.append(handlers())
+        raise torch.OutOfMemoryError("no memory")
+
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        codes = []
+        for name, action in (("complete", go_on), ("stopped", stop), ("failed", fail)):
+            with pytest.MonkeyPatch.context() as patch:
+                act_in_step(patch, 2, action)
+                codes.append(run_train(world, tmp_path / name).code)
+            assert handlers() == [handler, handler], name
+    finally:
+        for number, original in before.items():
+            signal.signal(number, original)
+    assert codes == [0, 128 + signal.SIGINT, 2]
+    stopped, failed = found
+    assert stopped[0] is signal.SIG_DFL and handler not in stopped + failed
+
+
+def test_a_signal_that_comes_too_late_for_a_run_stops_the_next(world, tmp_path, monkeypatch):
+    calibrate = train.Training.calibrate
+
+    def calibrate_and_stop(self, progress):
+        calibrate(self, progress)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Training, "calibrate", calibrate_and_stop)
+    result = run_train(world, tmp_path, "--seeds", "0,1")
+    assert result.code == 128 + signal.SIGTERM
+    names = sorted(path.name for path in (tmp_path / RUN).iterdir())
+    assert names == ["config.json", "log.jsonl", "model.safetensors"]
+    assert not (tmp_path / "folder/own/seed1").exists()
+
+
+def test_the_checkpoint_decides_and_not_what_ran_before(world, undisturbed, tmp_path):
+    """A mutation of any kind of state shows in the end; else the comparison would prove nothing."""
+    whole = undisturbed()
+    stop_run(world, tmp_path)
+    path = tmp_path / RUN / "checkpoint.safetensors"
     tensors = load_file(path)
     for key in ("optimizer.3.exp_avg", "optimizer.3.step", "anchor.running", "student.cls_token"):
-        train.save_tensors({**tensors, key: tensors[key] + 0.01}, path)
-        in_process(world, tmp_path / "stopped", "--resume")
-        assert (path.parent / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes(), key
-        (path.parent / "model.safetensors").unlink()
+        runs.write_tensors(path, {**tensors, key: tensors[key] + 0.01})
+        resumed = complete_run(world, tmp_path, "--resume")
+        assert model_bytes(resumed) != model_bytes(whole), key
+        (resumed / "model.safetensors").unlink()
+    runs.write_tensors(path, tensors)
+    assert model_bytes(complete_run(world, tmp_path, "--resume")) == model_bytes(whole)
 
 
-def test_an_unfinished_run_is_not_begun_again_unasked(world, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        stop_after(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        in_process(world, tmp_path)
-    checkpoint = tmp_path / "folder/own/seed0/checkpoint.safetensors"
+def test_an_unfinished_run_is_not_begun_again_unasked(world, tmp_path):
+    stop_run(world, tmp_path)
+    checkpoint = tmp_path / RUN / "checkpoint.safetensors"
     before = checkpoint.read_bytes()
-    assert_one_sentence(run(TRAIN, *arguments(world, tmp_path)), "--resume", "--overwrite", "unfinished")
-    assert_one_sentence(run(TRAIN, *arguments(world, tmp_path, "--resume", "--lr", 0.1)), "lr None -> 0.1")
-    save_vit(tiny_vit(seed=1), tmp_path / "other.safetensors")
+    result = run_train(world, tmp_path)
+    assert_one_sentence(result, "--resume", "--overwrite", "unfinished")
+    result = run_train(world, tmp_path, "--resume", "--lr", 0.1)
+    assert_one_sentence(result, "lr None -> 0.1")
     assert checkpoint.read_bytes() == before
     checkpoint.write_bytes(before[:-50])
-    assert_one_sentence(run(TRAIN, *arguments(world, tmp_path, "--resume")), "checkpoint.safetensors", "--overwrite")
+    result = run_train(world, tmp_path, "--resume")
+    assert_one_sentence(result, "checkpoint.safetensors", "--overwrite")
     checkpoint.write_bytes(before)
-    process = run(TRAIN, *arguments(world, tmp_path, "--overwrite"))
-    assert process.returncode == 0 and "continues" not in process.stdout
+    result = run_train(world, tmp_path, "--overwrite")
+    assert result.code == 0 and "continues" not in result.out
 
 
-def test_resume_refuses_another_teacher(world, tmp_path, monkeypatch):
-    teacher = world / "changing.safetensors"
+def test_resume_refuses_another_teacher(world, tmp_path):
+    teacher = tmp_path / "changing.safetensors"
     teacher.write_bytes((world / "teacher.safetensors").read_bytes())
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        stop_after(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        in_process(world, tmp_path, "--weights", teacher)
-    save_vit(tiny_vit(seed=1), teacher)
-    assert_one_sentence(run(TRAIN, *arguments(world, tmp_path, "--weights", teacher, "--resume")), "another", "--overwrite")
+    stop_run(world, tmp_path, "--weights", teacher)
+    save_vit(tiny_vit(seed=1, depth=4), teacher)
+    result = run_train(world, tmp_path, "--weights", teacher, "--resume")
+    assert_one_sentence(result, "another", "--overwrite")
 
 
-def test_out_of_memory_is_one_sentence_and_loses_nothing(world, tmp_path, monkeypatch, capsys):
+def test_epochs_follow_from_the_steps_and_the_images(world, tmp_path):
+    """Without --epochs: as many as 1,600 steps take. Stopped, since only their number matters."""
+    command = arguments(world, tmp_path)
+    at = command.index("--epochs")
+    with pytest.MonkeyPatch.context() as patch:
+        act_in_step(patch, 1, functools.partial(os.kill, os.getpid(), signal.SIGTERM))
+        result = call(train.main, *command[:at], *command[at + 2 :])
+    assert result.code == 128 + signal.SIGTERM
+    # One image of eleven is held out.
+    assert "10 normal images, 534 epochs of 3 steps" in result.out
+    config = json.loads((tmp_path / RUN / "config.json").read_text())
+    assert config["epochs"] == 534 and config["settings"]["epochs"] is None
+
+
+def test_out_of_memory_is_one_sentence_and_loses_nothing(world, undisturbed, tmp_path):
     def no_memory():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        stop_after(patch, 5, no_memory)
-        in_process(world, tmp_path, "--checkpoint-every", 0)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "--batch-size 4" in error and "fp32" in error and len(error.splitlines()) == 1
-    whole = in_process(world, tmp_path / "whole")
-    resumed = in_process(world, tmp_path, "--resume")
-    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        act_in_step(patch, 5, no_memory)
+        result = run_train(world, tmp_path, "--checkpoint-every", 0)
+    assert_one_sentence(result, "--batch-size 4", "fp32")
+    resumed = complete_run(world, tmp_path, "--resume")
+    assert model_bytes(resumed) == model_bytes(undisturbed())
 
 
-def test_killed_twenty_times_and_still_the_same(world, tmp_path, monkeypatch):
-    """Two runs side by side, ten kills each, since most of the time goes into starting Python."""
+def test_killed_twelve_times_and_still_the_same(world, tmp_path, monkeypatch):
+    """Two runs side by side, six kills each."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    whole = run(TRAIN, *arguments(world, tmp_path / "whole", *KILLED), fork=False)
-    assert whole.returncode == 0, whole.stderr
-    whole = tmp_path / "whole/folder/own/seed0"
+    whole = start(world, tmp_path / "whole")
     with ThreadPoolExecutor() as pool:
-        inside = sum(pool.map(lambda seed: kill_ten_times(world, tmp_path / str(seed), random.Random(seed)), (0, 1)))
-    assert inside >= 3  # a half-written checkpoint lay there, and was not taken for one
-    for folder in (tmp_path / "0/folder/own/seed0", tmp_path / "1/folder/own/seed0"):
+        killed = [
+            pool.submit(kill_and_complete, world, tmp_path / str(seed), random.Random(seed))
+            for seed in (0, 1)
+        ]
+    whole.join()
+    # Half-written checkpoints lay there, and were not taken for checkpoints.
+    assert sum(run.result() for run in killed) >= 3
+    whole = tmp_path / "whole" / RUN
+    for folder in (tmp_path / "0" / RUN, tmp_path / "1" / RUN):
         assert not list(folder.glob(".*"))
-        assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-        logs = [[{key: value for key, value in json.loads(line).items() if key != "images_per_s"}
-                 for line in (path / "log.jsonl").read_text().splitlines()] for path in (whole, folder)]
-        assert logs[0] == logs[1]
+        assert model_bytes(folder) == model_bytes(whole)
+        assert timeless_log(folder) == timeless_log(whole)
 
 
-def kill_ten_times(world, out, moments):
-    """SIGKILL at random moments after the first checkpoint, every third one inside the writing of a checkpoint, and then to the end;
-    -> how many of these hit."""
-    folder, inside = out / "folder/own/seed0", 0
-    command = [sys.executable, TRAIN, *arguments(world, out, *KILLED), "--resume"]
-    for kill in range(10):
-        process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        before = read(folder / "checkpoint.safetensors")
-        while process.poll() is None and read(folder / "checkpoint.safetensors") in (None, before):
+def start(world, out, *options):
+    """train.py in a new process, which is forked from one that has imported it already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    command = [str(part) for part in arguments(world, out, *KILLED, *options)]
+    process = context.Process(target=train.main, args=(command,))
+    process.start()
+    return process
+
+
+def kill_and_complete(world, out, moments):
+    """SIGKILL six times, at random moments after a checkpoint, and then to the end.
+
+    Every other one comes inside the writing of a checkpoint; -> how many of these hit.
+    """
+    folder = out / RUN
+    checkpoint = folder / "checkpoint.safetensors"
+    inside = 0
+    for kill in range(KILLS):
+        before = time_written(checkpoint)
+        process = start(world, out, "--resume")
+        while process.is_alive() and time_written(checkpoint) in (None, before):
             time.sleep(0.002)
-        assert process.poll() is None, process.stderr.read()
-        if kill % 3 == 0:
-            while process.poll() is None and not list(folder.glob(f".checkpoint*.{process.pid}.tmp")):
+        if kill % 2 == 0:
+            half_written = f".checkpoint*.{process.pid}.tmp"
+            while process.is_alive() and not list(folder.glob(half_written)):
                 time.sleep(0.0002)
         else:
-            time.sleep(moments.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+            time.sleep(moments.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL  # it was still at work
         inside += bool(list(folder.glob(".checkpoint*.tmp")))
-        assert process.returncode == -signal.SIGKILL  # it was still at work
-    (folder / ".tmpfECqhT").touch()  # safetensors writes to such a name, and a killed process leaves it
-    process = run(*command[1:], fork=False)
-    assert process.returncode == 0 and "continues after step" in process.stdout, process.stderr
+    (folder / ".tmpfECqhT").touch()  # a killed process leaves such a file of safetensors
+    start(world, out, "--resume").join()
+    assert len(runs.read_config(folder)["resumed"]) == KILLS
     return inside
 
 
-def read(path):
+def time_written(path):
     """When a file was last written; None if it is not there."""
     return path.stat().st_mtime_ns if path.exists() else None
+
+
+def timeless_log(folder):
+    """The lines of a log without their speed."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]

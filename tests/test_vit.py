@@ -1,4 +1,9 @@
-"""vit.py against torchvision's vit_b_16, block by block; against timm's numbers for real weights; and what load_vit refuses."""
+"""vit.py against torchvision's vit_b_16 block by block, and against timm's numbers on real weights.
+
+Also what load_vit reads, and what it refuses.
+"""
+
+import functools
 import json
 import re
 from types import SimpleNamespace
@@ -7,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import perturb, save_vit, shared, tiny_vit
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.models import vit_b_16
 
-import convert
+from conftest import perturb, save_vit, shared, tiny_vit
+from runs import WEIGHTS
 from vit import ViT, load_vit
+from weights import convert
 
 BOUND = 3e-5  # largest absolute difference over mean absolute value, fp32
 
@@ -29,7 +35,7 @@ def test_parameter_count():
 
 @pytest.fixture(scope="module")
 def torchvision_vit():
-    """torchvision's ViT-B/16 with perturbed random weights, an input, the output of each of its blocks and its logits."""
+    """torchvision's ViT-B/16 with random weights: an input, each block's output, the logits."""
     torch.manual_seed(0)
     model = perturb(vit_b_16(weights=None), scale=0.03).eval()
     images = torch.randn(2, 3, 224, 224)
@@ -43,8 +49,9 @@ def torchvision_vit():
 
 def ours_from(torchvision_vit):
     tensors, _, _ = convert.canonical(torchvision_vit.state)
-    vit = ViT(classes=1000)
-    vit.load_state_dict(tensors, strict=True)
+    with torch.device("meta"):
+        vit = ViT(classes=1000)
+    vit.load_state_dict(tensors, strict=True, assign=True)
     return vit.eval()
 
 
@@ -96,13 +103,16 @@ def test_forward_gives_the_named_blocks_and_computes_no_more():
     assert torch.equal(some[2], every[2]) and torch.equal(some[6], every[6])
 
 
-@pytest.mark.parametrize("images, layers, words", [
-    (torch.zeros(1, 3, 128, 128), (1,), "(B, 3, 224, 224), got (1, 3, 128, 128)"),
-    (torch.zeros(3, 224, 224), (1,), "got (3, 224, 224)"),
-    (torch.zeros(1, 3, 224, 224), (12,), "between 0 and 11, got (12,)"),
-    (torch.zeros(1, 3, 224, 224), (-1,), "between 0 and 11"),
-    (torch.zeros(1, 3, 224, 224), (), "between 0 and 11"),
-])
+@pytest.mark.parametrize(
+    "images, layers, words",
+    [
+        (torch.zeros(1, 3, 128, 128), (1,), "(B, 3, 224, 224), got (1, 3, 128, 128)"),
+        (torch.zeros(3, 224, 224), (1,), "got (3, 224, 224)"),
+        (torch.zeros(1, 3, 224, 224), (12,), "between 0 and 11, got (12,)"),
+        (torch.zeros(1, 3, 224, 224), (-1,), "between 0 and 11"),
+        (torch.zeros(1, 3, 224, 224), (), "between 0 and 11"),
+    ],
+)
 def test_forward_refuses(images, layers, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         tiny_vit()(images, layers)
@@ -123,24 +133,36 @@ def test_classify_needs_a_head():
 def test_prepare_normalises():
     vit = tiny_vit(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     pixels = torch.tensor([51, 102, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 224, 224)
-    expected = torch.tensor([(0.2 - 0.1) / 0.4, (0.4 - 0.2) / 0.5, (1 - 0.3) / 0.6]).view(1, 3, 1, 1).expand(1, 3, 224, 224)
+    expected = torch.tensor([(0.2 - 0.1) / 0.4, (0.4 - 0.2) / 0.5, (1 - 0.3) / 0.6])
+    expected = expected.view(1, 3, 1, 1).expand(1, 3, 224, 224)
     torch.testing.assert_close(vit.prepare(pixels), expected)
 
 
 def test_prepare_enlarges_small_images_as_pillow_does():
     vit = tiny_vit(mean=(0, 0, 0), std=(1, 1, 1))
-    small = torch.randint(80, 176, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randint(80, 176, (2, 3, 32, 32), dtype=torch.uint8, generator=generator)
     ours = vit.prepare(small) * 255
     assert ours.shape == (2, 3, 224, 224)
-    for image, pixels in zip(ours, small):
-        theirs = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC)
-        assert np.abs(image.permute(1, 2, 0).numpy() - np.asarray(theirs)).max() < 1.5  # Pillow rounds to uint8 after each axis
+    for image, pixels in zip(ours, small, strict=True):
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        theirs = np.asarray(picture.resize((224, 224), Image.Resampling.BICUBIC))
+        # Pillow rounds to uint8 after each axis.
+        assert np.abs(image.permute(1, 2, 0).numpy() - theirs).max() < 1.5
 
 
-# ---------------------------------------------------------------------------------------------------------------- load_vit
+# ---------------------------------------------------------------------------------------- load_vit
 
-@pytest.mark.parametrize("changes", [{}, {"classes": 5}, {"norm_pre": True, "activation": "quick_gelu", "eps": 1e-5},
-                                     {"width": 128, "heads": 2, "depth": 3, "patch": 16, "grid": 14}])
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"classes": 5},
+        {"norm_pre": True, "activation": "quick_gelu", "eps": 1e-5},
+        {"width": 128, "heads": 2, "depth": 3, "patch": 16, "grid": 14},
+    ],
+)
 def test_load_vit_reads_every_size_from_the_file(tmp_path, changes):
     saved = tiny_vit(**changes)
     heads = None if saved.config["width"] == 64 * saved.config["heads"] else saved.config["heads"]
@@ -152,10 +174,16 @@ def test_load_vit_reads_every_size_from_the_file(tmp_path, changes):
         assert torch.equal(loaded(images, (last,))[last], saved(images, (last,))[last])
 
 
+def metadata(heads):
+    """Those of a converted checkpoint."""
+    about = {"mean": [0.5] * 3, "std": [0.5] * 3, "activation": "gelu", "heads": heads}
+    return {"vitad": json.dumps(about)}
+
+
 def broken(kind, tmp_path):
     """A file that load_vit has to refuse, and the words it has to find for it."""
     vit, path = tiny_vit(), tmp_path / "vit.safetensors"
-    tensors, about = vit.state_dict(), {"vitad": json.dumps(dict(mean=[0.5] * 3, std=[0.5] * 3, activation="gelu", heads=2))}
+    tensors, about = vit.state_dict(), metadata(heads=2)
     if kind == "absent":
         return path, "no such file"
     if kind == "text":
@@ -177,7 +205,7 @@ def broken(kind, tmp_path):
         tensors["pos_embed"] = torch.zeros(50)
         words = "expected pos_embed with 3 dimensions"
     if kind == "heads":
-        about = {"vitad": json.dumps(dict(mean=[0.5] * 3, std=[0.5] * 3, activation="gelu", heads=3))}
+        about = metadata(heads=3)
         words = "3 heads divide"
     if kind == "layout":
         tensors = {"class_token": torch.zeros(1), "conv_proj.weight": torch.zeros(1)}
@@ -193,8 +221,22 @@ def broken(kind, tmp_path):
     return path, words
 
 
-@pytest.mark.parametrize("kind", ["absent", "text", "empty", "missing", "extra", "shape", "dimensions", "heads", "layout", "unconverted",
-                                  "truncated"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "absent",
+        "text",
+        "empty",
+        "missing",
+        "extra",
+        "shape",
+        "dimensions",
+        "heads",
+        "layout",
+        "unconverted",
+        "truncated",
+    ],
+)
 def test_load_vit_refuses(tmp_path, kind):
     path, words = broken(kind, tmp_path)
     with pytest.raises(ValueError) as caught:
@@ -203,25 +245,40 @@ def test_load_vit_refuses(tmp_path, kind):
     assert words in message and str(path) in message and "\n" not in message
 
 
-# ------------------------------------------------------------------------------------------- real weights, timm's numbers
+# -------------------------------------------------------------------- real weights, timm's numbers
+
+
+@pytest.fixture(scope="module")
+def real_vit(tmp_path_factory):
+    """Name of a file of real weights -> its ViT, converted once."""
+    folder = tmp_path_factory.mktemp("weights")
+
+    @functools.cache
+    def convert_and_load(name):
+        built = WEIGHTS / "original" / name  # by ../shared/get_clip_vitb16.py
+        convert.convert(built if built.exists() else shared(f"weights/{name}"), folder / name)
+        return load_vit(folder / name)
+
+    return convert_and_load
+
 
 def photo(name):
-    return torch.from_numpy(np.array(Image.open(shared(f"photos/{name}_224.png")).convert("RGB"))).permute(2, 0, 1)[None]
+    pixels = np.array(Image.open(shared(f"photos/{name}_224.png")).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
-@pytest.mark.parametrize("weights, golden, bound", [
-    ("deit_tiny_patch16_224.safetensors", "deit_tiny", 1e-4),
-    ("dinov2_vits14_fp16.safetensors", "dinov2_vits14", 1e-3),
-    ("clip_vit_base_patch16_224.safetensors", "clip_vitb16", 1e-4),  # built into weights/original with ../shared/get_clip_vitb16.py
-])
-def test_real_weights_give_timms_features(tmp_path, weights, golden, bound):
+@pytest.mark.parametrize(
+    "weights, golden, bound",
+    [
+        ("deit_tiny_patch16_224.safetensors", "deit_tiny", 1e-4),
+        ("dinov2_vits14_fp16.safetensors", "dinov2_vits14", 1e-3),
+        ("clip_vit_base_patch16_224.safetensors", "clip_vitb16", 1e-4),
+    ],
+)
+def test_real_weights_give_timms_features(real_vit, weights, golden, bound):
     golden = load_file(shared(f"golden/{golden}_timm_1.0.31.safetensors"))
-    built = convert.HERE / "original" / weights
-    source = built if built.exists() else shared(f"weights/{weights}")
-    options = SimpleNamespace(mean=None, std=None, activation=None, heads=None, source=None, license=None)
-    convert.convert(source, tmp_path / weights, options)
-    vit = load_vit(tmp_path / weights)
-    for name in ("chelsea", "coffee"):
+    vit = real_vit(weights)
+    for name, label in (("chelsea", 285), ("coffee", 967)):  # Egyptian cat, espresso
         with torch.no_grad():
             images = vit.prepare(photo(name))
             features = vit(images, (3, 6, 9, 11))
@@ -234,23 +291,30 @@ def test_real_weights_give_timms_features(tmp_path, weights, golden, bound):
             assert error(x[0].norm(dim=-1), golden[f"{name}.block{c}.token_norms"]) <= bound
         if logits is not None:
             assert error(logits, golden[f"{name}.logits"]) <= bound
-            assert logits.argmax() == {"chelsea": 285, "coffee": 967}[name]  # Egyptian cat, espresso
+            assert logits.argmax() == label
 
 
-@pytest.mark.parametrize("weights, bound", [("deit_tiny_patch16_224.safetensors", 0.018), ("dinov2_vits14_fp16.safetensors", 0.027)])
-def test_real_features_survive_bf16(tmp_path, weights, bound):
-    """Photos in a black frame, which the patch projection in bf16 would blur: mean over the tokens of their error's share of their size, block 11."""
-    convert.convert(shared(f"weights/{weights}"), tmp_path / weights, SimpleNamespace(mean=None, std=None, activation=None, heads=None, source=None, license=None))
-    vit = load_vit(tmp_path / weights)
-    images = F.pad(torch.cat([photo("chelsea"), photo("coffee")])[:, :, 56:168, 56:168], (56, 56, 56, 56))
+@pytest.mark.parametrize(
+    "weights, bound",
+    [("deit_tiny_patch16_224.safetensors", 0.018), ("dinov2_vits14_fp16.safetensors", 0.027)],
+)
+def test_real_features_survive_bf16(real_vit, weights, bound, monkeypatch):
+    """Photos in a black frame, which a patch projection in bf16 would blur.
+
+    Measured at block 11: the error's share of a token's length, the mean over the tokens.
+    """
+    vit = real_vit(weights)
+    photos = torch.cat([photo("chelsea"), photo("coffee")])[:, :, 56:168, 56:168]
+    images = vit.prepare(F.pad(photos, (56, 56, 56, 56)))
+    with torch.no_grad():
+        exact = vit(images, (11,))[11]
 
     def blurred():
-        with torch.no_grad():
-            exact = vit(vit.prepare(images), (11,))[11]
-            with torch.autocast("cpu", torch.bfloat16):
-                rounded = vit(vit.prepare(images), (11,))[11]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            rounded = vit(images, (11,))[11]
         return ((rounded - exact).norm(dim=-1) / exact.norm(dim=-1)).mean()
 
     assert blurred() <= bound
-    vit.patch_embed.forward = lambda x: vit.patch_embed.proj(x).flatten(2).transpose(1, 2)
+    in_bf16 = lambda x: vit.patch_embed.proj(x).flatten(2).transpose(1, 2)  # noqa: E731
+    monkeypatch.setattr(vit.patch_embed, "forward", in_bf16)
     assert blurred() > bound

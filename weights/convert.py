@@ -1,80 +1,160 @@
 #!/usr/bin/env python3
 """Turn a public ViT checkpoint into the one file format that vit.py loads.
 
-    python weights/convert.py FILE                                      # a known checkpoint (KNOWN below)
-    python weights/convert.py FILE --mean .5 .5 .5 --std .5 .5 .5       # any other: say how its images were normalised
+    python weights/convert.py FILE
+    python weights/convert.py FILE --mean .5 .5 .5 --std .5 .5 .5
 
-FILE is .safetensors, .npz, or .pth / .pt / .bin (read with weights_only=True, so no code in it runs). Its layout is recognised from the keys:
-timm (also DeiT, DINO, MAE, DINOv2 and CLIP's image tower under timm's names), Hugging Face transformers, torchvision, Google's .npz.
-The result, weights/<stem of FILE>.safetensors, has timm's names in float32 and carries normalisation, activation, source, licence and
-sha256 of the original in its metadata. ViT-B/16 takes a few seconds.
+The first is for a known checkpoint (KNOWN below). For any other, its card says how its images were
+normalised.
+
+FILE is .safetensors, .npz, or .pth / .pt / .bin, of which no code is run (weights_only=True).
+Its layout is recognised by the keys: timm (also DeiT, DINO, MAE, DINOv2, and CLIP's image tower
+under timm's names), Hugging Face transformers, torchvision, Google's .npz.
+
+The result is weights/<stem of FILE>.safetensors. It has timm's names in float32. Its metadata hold
+normalisation, activation, source, licence and sha256 of the original. ViT-B/16 takes a few seconds.
 """
-import argparse
+
 import json
 import math
 import re
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from vit import load_vit, sha256  # noqa: E402
-from weights.files import atomic, fail, one_sentence  # noqa: E402
+if __name__ == "__main__":
+    import _root  # noqa: F401 (puts the repository on the path)
+
+from runs import WEIGHTS, Parser, UserError, atomic, script
+from vit import ACTIVATIONS, IMAGENET_MEAN, IMAGENET_STD, LAYER_NORM_EPS, load_vit, sha256
 
 IMAGE_SIZE = 224
-HALF, IMAGENET = ((0.5,) * 3, (0.5,) * 3), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+CLIP_EPS = 1e-5  # LayerNorm's in CLIP's towers, torch's default
 
-# Known checkpoints by file stem: (mean, std), activation, source, licence. The normalisation is the model card's, never a guess:
-# of files called ViT-B/16, Google's want 0.5 / 0.5 and the others ImageNet's.
-GOOGLE = (HALF, "gelu", "Google Research, vision_transformer", "Apache-2.0")
-AUGREG = (HALF, "gelu", "Google Research, vision_transformer (AugReg), through timm", "Apache-2.0")
-DEIT = (IMAGENET, "gelu", "Meta, facebookresearch/deit", "Apache-2.0")
-DINO = (IMAGENET, "gelu", "Meta, facebookresearch/dino", "Apache-2.0")
-DINOV2 = (IMAGENET, "gelu", "Meta, facebookresearch/dinov2", "Apache-2.0")
-MAE = (IMAGENET, "gelu", "Meta, facebookresearch/mae", "CC-BY-NC-4.0")
-OPENAI = (CLIP, "quick_gelu", "OpenAI, CLIP's image tower", "code MIT; the weights' card states none")
+# ------------------------------------------------------------------------------ known checkpoints
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a checkpoint's card says and its tensors do not show."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+    license: str
+    activation: str = "gelu"
+
+
+# The normalisation is never guessed: Google's files called ViT-B/16 want 0.5, others ImageNet's.
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+
+GOOGLE = Card(**HALF, source="Google Research, vision_transformer", license="Apache-2.0")
+AUGREG = Card(
+    **HALF,
+    source="Google Research, vision_transformer (AugReg), through timm",
+    license="Apache-2.0",
+)
+TORCHVISION_V1 = Card(
+    **IMAGENET, source="torchvision, ViT_B_16_Weights.IMAGENET1K_V1", license="BSD-3-Clause"
+)
+DEIT = Card(**IMAGENET, source="Meta, facebookresearch/deit", license="Apache-2.0")
+DINO = Card(**IMAGENET, source="Meta, facebookresearch/dino", license="Apache-2.0")
+DINOV2 = Card(**IMAGENET, source="Meta, facebookresearch/dinov2", license="Apache-2.0")
+MAE = Card(**IMAGENET, source="Meta, facebookresearch/mae", license="CC-BY-NC-4.0")
+OPENAI = Card(
+    **CLIP,
+    source="OpenAI, CLIP's image tower",
+    license="code MIT; the weights' card states none",
+    activation="quick_gelu",
+)
+
+# By the stem of the file's name.
 KNOWN = {
     "vit_base_patch16_224": GOOGLE,
     "vit_base_patch16_224.orig_in21k_ft_in1k": GOOGLE,
     "ViT-B_16-224": GOOGLE,
     "vit_base_patch16_224.augreg2_in21k_ft_in1k": AUGREG,
-    **{f"vit_{size}_patch16_224.{tag}": AUGREG for size in ("tiny", "small", "base", "large")
-       for tag in ("augreg_in21k", "augreg_in21k_ft_in1k")},
-    "vit_b_16-c867db91": (IMAGENET, "gelu", "torchvision, ViT_B_16_Weights.IMAGENET1K_V1", "BSD-3-Clause"),
-    **{f"deit_{size}_patch16_224{tag}": DEIT for size, own in (("tiny", "a1311bcf"), ("small", "cd65a155"), ("base", "b5f2ef4d"))
-       for tag in ("", ".fb_in1k", f"-{own}")},
-    "dino_vitbase16_pretrain": DINO, "vit_base_patch16_224.dino": DINO,
-    "dino_deitsmall16_pretrain": DINO, "vit_small_patch16_224.dino": DINO,
-    "mae_pretrain_vit_base": MAE, "vit_base_patch16_224.mae": MAE,
-    **{name: DINOV2 for size, s in (("small", "s"), ("base", "b"), ("large", "l"))
-       for name in (f"dinov2_vit{s}14_pretrain", f"dinov2_vit{s}14_fp16", f"vit_{size}_patch14_dinov2", f"vit_{size}_patch14_dinov2.lvd142m")},
-    "clip_vit_base_patch16_224": OPENAI, "vit_base_patch16_clip_quickgelu_224.openai": OPENAI,
+    "vit_tiny_patch16_224.augreg_in21k": AUGREG,
+    "vit_tiny_patch16_224.augreg_in21k_ft_in1k": AUGREG,
+    "vit_small_patch16_224.augreg_in21k": AUGREG,
+    "vit_small_patch16_224.augreg_in21k_ft_in1k": AUGREG,
+    "vit_base_patch16_224.augreg_in21k": AUGREG,
+    "vit_base_patch16_224.augreg_in21k_ft_in1k": AUGREG,
+    "vit_large_patch16_224.augreg_in21k": AUGREG,
+    "vit_large_patch16_224.augreg_in21k_ft_in1k": AUGREG,
+    "vit_b_16": TORCHVISION_V1,
+    "vit_b_16-c867db91": TORCHVISION_V1,
+    "deit_tiny_patch16_224": DEIT,
+    "deit_tiny_patch16_224.fb_in1k": DEIT,
+    "deit_tiny_patch16_224-a1311bcf": DEIT,
+    "deit_small_patch16_224": DEIT,
+    "deit_small_patch16_224.fb_in1k": DEIT,
+    "deit_small_patch16_224-cd65a155": DEIT,
+    "deit_base_patch16_224": DEIT,
+    "deit_base_patch16_224.fb_in1k": DEIT,
+    "deit_base_patch16_224-b5f2ef4d": DEIT,
+    "dino_vitb16": DINO,
+    "dino_vitbase16_pretrain": DINO,
+    "vit_base_patch16_224.dino": DINO,
+    "dino_deitsmall16_pretrain": DINO,
+    "vit_small_patch16_224.dino": DINO,
+    "mae_pretrain_vit_base": MAE,
+    "vit_base_patch16_224.mae": MAE,
+    "dinov2_vits14": DINOV2,
+    "dinov2_vits14_pretrain": DINOV2,
+    "dinov2_vits14_fp16": DINOV2,
+    "vit_small_patch14_dinov2": DINOV2,
+    "vit_small_patch14_dinov2.lvd142m": DINOV2,
+    "dinov2_vitb14": DINOV2,
+    "dinov2_vitb14_pretrain": DINOV2,
+    "dinov2_vitb14_fp16": DINOV2,
+    "vit_base_patch14_dinov2": DINOV2,
+    "vit_base_patch14_dinov2.lvd142m": DINOV2,
+    "dinov2_vitl14_pretrain": DINOV2,
+    "dinov2_vitl14_fp16": DINOV2,
+    "vit_large_patch14_dinov2": DINOV2,
+    "vit_large_patch14_dinov2.lvd142m": DINOV2,
+    "clip_vit_base_patch16_224": OPENAI,
+    "vit_base_patch16_clip_quickgelu_224.openai": OPENAI,
 }
-# The same by the sha256 of the file, for those whose file name says nothing (model.safetensors).
+# By the file's sha256, for those whose name says nothing (model.safetensors).
 KNOWN_SHA256 = {
-    "669b949ea91fd19217f200cee259780bde32210c1eb9a5af3859f0dd8346b2ec": "vit_base_patch16_224.orig_in21k_ft_in1k",
-    "32aa17d6e17b43500f531d5f6dc9bc93e56ed8841b8a75682e1bb295d722405b": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
+    "669b949ea91fd19217f200cee259780bde32210c1eb9a5af3859f0dd8346b2ec": (
+        "vit_base_patch16_224.orig_in21k_ft_in1k"
+    ),
+    "32aa17d6e17b43500f531d5f6dc9bc93e56ed8841b8a75682e1bb295d722405b": (
+        "vit_base_patch16_224.augreg2_in21k_ft_in1k"
+    ),
     "b2e17235172c1dcddacb55aa8914e2f8b4b95eb9bb7d7782f333bcbef77151b8": "deit_tiny_patch16_224",
     "84ae4df9727fe82c5f498dcf831f5ef773512447c9e6435de19b160147fb5e69": "vit_small_patch14_dinov2",
-    "f9075e860007ee51e31e1b8f14a22b39e724c76156fbdba16e0e88a27a6e09b7": "vit_base_patch16_clip_quickgelu_224.openai",
+    "f9075e860007ee51e31e1b8f14a22b39e724c76156fbdba16e0e88a27a6e09b7": (
+        "vit_base_patch16_clip_quickgelu_224.openai"
+    ),
 }
 
-# Each layout's parts -> ours, as (pattern, replacement); what no pattern names is dropped or refused in `to_timm`.
+# ---------------------------------------------------------------------------------- naming rules
+
+# Each layout's names -> ours, as (pattern, replacement), applied in order.
 HUGGING_FACE = (
     (r"^(vit|deit|model)\.", ""),
-    (r"^layers\.", "encoder.layer."),  # this and the next four: module names since transformers 5; files keep the older ones
-    (r"\.attention\.([qkv])_proj\.", lambda m: f".attention.attention.{dict(q='query', k='key', v='value')[m[1]]}."),
+    # Module names since transformers 5. Files keep the older ones.
+    (r"^layers\.", "encoder.layer."),
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
     (r"\.attention\.o_proj\.", ".attention.output.dense."),
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
+    # The older names -> ours.
     (r"^embeddings\.cls_token$", "cls_token"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
@@ -117,40 +197,74 @@ GOOGLE_NPZ = (
     (r"/(kernel|scale)$", "/weight"),
     (r"/", "."),
 )
-# Pre-training's own heads and tokens.
-DROPPED = r"(head\.(mlp|last_layer)\.|mask_token|pooler\.|pre_logits\.|decoder\.|decoder_|mask_embed|embeddings\.mask_token)"
-OURS = (r"(cls_token|pos_embed|(patch_embed\.proj|norm_pre|norm|head|blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2))"
-        r"\.(weight|bias))")
+# Heads and tokens that only the pre-training needs.
+DROPPED = (
+    r"(head\.(mlp|last_layer)\.|mask_token|pooler\.|pre_logits\.|decoder\.|decoder_|mask_embed"
+    r"|embeddings\.mask_token)"
+)
+# The names of vit.py's tensors.
+OURS = (
+    r"(cls_token|pos_embed|(patch_embed\.proj|norm_pre|norm|head"
+    r"|blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2))\.(weight|bias))"
+)
+NEEDED = ("cls_token", "pos_embed", "patch_embed.proj.weight")
+
+# ---------------------------------------------------------------------------------------- reading
 
 
 def read(path):
-    """A checkpoint file -> ({name: tensor}, whether vitad wrote it); ValueError if it cannot be read safely."""
+    """A checkpoint file -> ({name: tensor}, whether vitad wrote it)."""
     if not path.is_file():
-        raise ValueError(f"{path}: expected a checkpoint file, got no such file; weights/README.md says where to get one")
+        raise UserError(
+            f"{path}: expected a checkpoint file, got no such file; "
+            f"weights/README.md says where to get one"
+        )
+    if path.suffix in (".pth", ".pt", ".bin"):
+        return read_pickle(path), False
+    if path.suffix not in (".npz", ".safetensors"):
+        raise UserError(
+            f"{path}: expected a file whose suffix is .safetensors, .npz, .pth, .pt or .bin, "
+            f"got the suffix {path.suffix!r}"
+        )
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return {key: torch.from_numpy(arrays[key]) for key in arrays.files}, False
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, "vitad" in (file.metadata() or {})
-        if path.suffix not in (".pth", ".pt", ".bin"):
-            raise ValueError("the suffix is none of .safetensors, .npz, .pth, .pt, .bin")
-    except Exception as error:  # parsers on foreign bytes fail in every way there is
-        raise ValueError(f"{path}: expected a checkpoint of plain tensors, got a file that cannot be read as one "
-                         f"({str(error).splitlines()[0]}): download it again") from None
+        with safe_open(path, framework="pt") as file:
+            ours = "vitad" in (file.metadata() or {})
+            return {key: file.get_tensor(key) for key in file.keys()}, ours  # noqa: SIM118 (no dict)
+    except Exception as error:  # parsers fail on foreign bytes in every way there is
+        raise UserError(
+            f"{path}: expected a checkpoint of plain tensors, got a file that cannot be read as "
+            f"one ({str(error).splitlines()[0]}): download it again"
+        ) from None
+
+
+def read_pickle(path):
+    """A file of torch.save -> {name: tensor}, without wrappers and common prefixes."""
     try:
         with warnings.catch_warnings(action="ignore"):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # the same; torch's text advises to let the code in the file run
-        raise ValueError(f"{path}: expected a checkpoint of plain tensors, got a broken file or one with code in it, which is not run: "
-                         f"download it again, or save a plain state_dict") from None
-    for wrapper in ("model", "state_dict", "teacher"):  # DeiT and MAE, many others, DINO's full checkpoint
-        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise ValueError(f"{path}: expected a dictionary of tensors, got {type(loaded).__name__}: save the model's state_dict")
-    return {re.sub(r"^(module\.)?(backbone\.)?", "", key): value for key, value in loaded.items()}, False
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # as in `read`; torch's text advises to let the code in the file run
+        raise UserError(
+            f"{path}: expected a checkpoint of plain tensors, got a broken file or one with code "
+            f"in it, which is not run: download it again, or save a plain state_dict"
+        ) from None
+    for wrapper in ("model", "state_dict", "teacher"):  # DeiT and MAE, many others, DINO in full
+        if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
+            tensors = tensors[wrapper]
+    plain = isinstance(tensors, dict) and all(
+        isinstance(value, torch.Tensor) for value in tensors.values()
+    )
+    if not plain:
+        raise UserError(
+            f"{path}: expected a dictionary of tensors, got {type(tensors).__name__}: "
+            f"save the model's state_dict"
+        )
+    return {re.sub(r"^(module\.)?(backbone\.)?", "", key): tensors[key] for key in tensors}
+
+
+# --------------------------------------------------------------------------------- layout -> timm
 
 
 def rename(tensors, rules):
@@ -171,18 +285,24 @@ def join_qkv(tensors):
         if match is None:
             joined[key] = tensor
         elif match[2] == "query":
-            joined[f"{match[1]}qkv{match[3]}"] = torch.cat([tensors[f"{match[1]}{part}{match[3]}"] for part in ("query", "key", "value")])
+            parts = [tensors[match[1] + part + match[3]] for part in ("query", "key", "value")]
+            joined[f"{match[1]}qkv{match[3]}"] = torch.cat(parts)
     return joined
 
 
 def from_google(tensors):
-    """JAX's axes -> torch's: a kernel is (in, out), and attention's have the heads as an axis of their own."""
+    """JAX's axes -> torch's.
+
+    A kernel is (in, out), and attention's have the heads as an axis of their own.
+    """
     turned = {}
     for key, tensor in rename(tensors, GOOGLE_NPZ).items():
         if key == "patch_embed.proj.weight":
             tensor = tensor.permute(3, 2, 0, 1)  # (p, p, 3, D) -> (D, 3, p, p)
-        elif re.search(r"\.attn\.(query|key|value)\.", key):
-            tensor = tensor.flatten(-2).T if tensor.ndim == 3 else tensor.flatten()  # (D, H, D/H) -> (D, D); (H, D/H) -> (D,)
+        elif re.search(r"\.attn\.(query|key|value)\.weight", key):
+            tensor = tensor.flatten(-2).T  # (D, H, D/H) -> (D, D)
+        elif re.search(r"\.attn\.(query|key|value)\.bias", key):
+            tensor = tensor.flatten()  # (H, D/H) -> (D,)
         elif key.endswith(".attn.proj.weight"):
             tensor = tensor.flatten(0, 1).T  # (H, D/H, D) -> (D, D)
         elif key.endswith(".weight") and tensor.ndim == 2:
@@ -192,7 +312,10 @@ def from_google(tensors):
 
 
 def to_timm(tensors):
-    """Recognise the layout by its keys -> (its name, the tensors under timm's names, heads where the file tells them)."""
+    """Recognise the layout -> (its name, the tensors under timm's names, heads or None).
+
+    Only Google's files show the number of heads.
+    """
     heads = None
     if any(key.endswith("embedding/kernel") for key in tensors):
         layout = "Google .npz"
@@ -200,21 +323,76 @@ def to_timm(tensors):
         heads = queries[0].shape[0] if queries else None  # (H, D/H)
         tensors = from_google(tensors)
     elif any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in tensors):
-        layout, tensors = "Hugging Face transformers", rename(tensors, HUGGING_FACE)
+        layout = "Hugging Face transformers"
+        tensors = rename(tensors, HUGGING_FACE)
     elif "conv_proj.weight" in tensors:
-        layout, tensors = "torchvision", rename(tensors, TORCHVISION)
+        layout = "torchvision"
+        tensors = rename(tensors, TORCHVISION)
     elif "patch_embed.proj.weight" in tensors:
         layout = "timm"
     else:
-        raise ValueError(f"expected the keys of a ViT (timm, transformers, torchvision or Google's .npz), got {', '.join(sorted(tensors)[:3])}, ...")
+        raise UserError(
+            f"expected the keys of a ViT (timm, transformers, torchvision or Google's .npz), "
+            f"got {', '.join(sorted(tensors)[:3])}, ..."
+        )
     try:
         return layout, join_qkv(tensors), heads
     except KeyError as error:
-        raise ValueError(f"expected query, key and value in every block, got none called {error}") from None
+        raise UserError(
+            f"expected query, key and value in every block, got none called {error}"
+        ) from None
+
+
+# ----------------------------------------------------------------------------------- timm -> ours
+
+
+def canonical(tensors):
+    """A checkpoint in any of the layouts -> (vit.py's tensors, heads or None, what was done).
+
+    The tensors are in float32. What was done is a list of short texts.
+    """
+    floats = {key: value.float() for key, value in tensors.items()}
+    layout, tensors, heads = to_timm(floats)
+    done = [f"layout {layout}"]
+    dropped = drop_pretraining(tensors)
+    done.append(f"dropped {', '.join(dropped) or 'nothing'}")
+    if any(".ls1." in key for key in tensors):
+        fold_layer_scale(tensors)
+        done.append("folded LayerScale into the projections")
+    check_names(tensors)
+    weight = tensors["patch_embed.proj.weight"]
+    if "patch_embed.proj.bias" not in tensors:  # CLIP's projection has none
+        tensors["patch_embed.proj.bias"] = torch.zeros(len(weight))
+        done.append("added a zero patch bias")
+    patch = weight.shape[-1]
+    grid, rest = divmod(IMAGE_SIZE, patch)
+    if rest:
+        raise UserError(f"expected a patch size that divides {IMAGE_SIZE}, got {patch}")
+    tokens = tensors["pos_embed"].shape[1]
+    if tokens != 1 + grid * grid:
+        tensors["pos_embed"] = resample_positions(tensors["pos_embed"], grid)
+        done.append(
+            f"resampled the position embedding from {math.isqrt(tokens - 1)}^2 to {grid}^2 patches"
+        )
+    return {key: value.contiguous() for key, value in tensors.items()}, heads, done
+
+
+def drop_pretraining(tensors):
+    """Remove what only the pre-training needs, in place; -> the names."""
+    dropped = [key for key in tensors if re.match(DROPPED, key)]
+    if any(key.startswith("pre_logits.") for key in dropped):
+        # This head reads pre_logits and not the class token.
+        dropped += [key for key in tensors if key.startswith("head.")]
+    for key in dropped:
+        del tensors[key]
+    return dropped
 
 
 def fold_layer_scale(tensors):
-    """DINOv2 multiplies each branch by a vector gamma (D,); the branch's last projection can do that: W' = diag(gamma) W, b' = gamma b."""
+    """DINOv2's LayerScale -> the last projection of its branch, in place.
+
+    LayerScale multiplies each branch by a vector gamma (D,): W' = diag(gamma) W, b' = gamma b.
+    """
     for key in [key for key in tensors if re.search(r"\.ls[12]\.gamma$", key)]:
         gamma = tensors.pop(key)
         projection = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
@@ -222,113 +400,171 @@ def fold_layer_scale(tensors):
         tensors[f"{projection}.bias"] = gamma * tensors[f"{projection}.bias"]
 
 
+def check_names(tensors):
+    """Are these the tensors of a plain ViT with a class token?"""
+    unknown = sorted(key for key in tensors if not re.fullmatch(OURS, key))
+    if unknown:
+        raise UserError(
+            f"expected a plain ViT with a class token, got tensors that it does not have: "
+            f"{', '.join(unknown[:5])}"
+        )
+    missing = [key for key in NEEDED if key not in tensors]
+    if missing:
+        raise UserError(f"expected a plain ViT with a class token, got no {', '.join(missing)}")
+
+
 def resample_positions(pos_embed, grid):
-    """A position embedding (1, 1 + g^2, D) of another grid -> (1, 1 + grid^2, D): bicubic, antialiased; the class token's row stays."""
-    old = math.isqrt(pos_embed.shape[1] - 1)
-    if 1 + old * old != pos_embed.shape[1]:
-        raise ValueError(f"expected a position embedding of 1 + g x g tokens, got {pos_embed.shape[1]}: "
-                         f"distillation and register tokens are not supported")
-    cls, patches = pos_embed[:, :1], pos_embed[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, D, g, g)
+    """A position embedding of another grid, (1, 1 + g^2, D) -> (1, 1 + grid^2, D).
+
+    Bicubic with antialiasing. The class token's row stays.
+    """
+    tokens = pos_embed.shape[1]
+    old = math.isqrt(max(tokens - 1, 0))
+    if 1 + old * old != tokens:
+        raise UserError(
+            f"expected a position embedding of 1 + g x g tokens, got {tokens}: "
+            f"distillation and register tokens are not supported"
+        )
+    cls = pos_embed[:, :1]
+    patches = pos_embed[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, D, g, g)
     patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", antialias=True)
     return torch.cat([cls, patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
-def canonical(tensors):
-    """A checkpoint in any of the layouts -> (its tensors as vit.py names them, in float32; heads or None; what was done, in words)."""
-    layout, tensors, heads = to_timm({key: value.float() for key, value in tensors.items()})
-    said = [f"layout {layout}"]
-    dropped = [key for key in tensors if re.match(DROPPED, key)]
-    if any(key.startswith("pre_logits.") for key in dropped):
-        dropped += [key for key in tensors if key.startswith("head.")]  # the head reads pre_logits, not the class token
-    for key in dropped:
-        del tensors[key]
-    said.append(f"dropped {', '.join(dropped) or 'nothing'}")
-    if any(".ls1." in key for key in tensors):
-        fold_layer_scale(tensors)
-        said.append("folded LayerScale into the projections")
-    unknown = sorted(key for key in tensors if not re.fullmatch(OURS, key))
-    if unknown:
-        raise ValueError(f"expected a plain ViT with a class token, got tensors that it does not have: {', '.join(unknown[:5])}")
-    missing = [key for key in ("cls_token", "pos_embed", "patch_embed.proj.weight") if key not in tensors]
-    if missing:
-        raise ValueError(f"expected a plain ViT with a class token, got no {', '.join(missing)}")
-    weight = tensors["patch_embed.proj.weight"]
-    if "patch_embed.proj.bias" not in tensors:  # CLIP's projection has none
-        tensors["patch_embed.proj.bias"] = torch.zeros(len(weight))
-        said.append("added a zero patch bias")
-    grid, rest = divmod(IMAGE_SIZE, weight.shape[-1])
-    if rest:
-        raise ValueError(f"expected a patch size that divides {IMAGE_SIZE}, got {weight.shape[-1]}")
-    if tensors["pos_embed"].shape[1] != 1 + grid * grid:
-        said.append(f"resampled the position embedding from {math.isqrt(tensors['pos_embed'].shape[1] - 1)}^2 to {grid}^2 patches")
-        tensors["pos_embed"] = resample_positions(tensors["pos_embed"], grid)
-    return {key: value.contiguous() for key, value in tensors.items()}, heads, said
+# ---------------------------------------------------------------------------------------- writing
 
 
-def metadata(path, digest, args, heads, norm_pre):
-    """What the file cannot tell by its shapes: from the options, else from KNOWN, and never guessed; ValueError if that is not enough."""
+def metadata_of(path, digest, norm_pre, options):
+    """What the tensors do not show: from the options where given, else from KNOWN, never guessed.
+
+    options: {"mean", "std", "activation", "heads", "source", "license"}, None where not given.
+    """
     name = KNOWN_SHA256.get(digest, path.stem)
-    normalisation, activation, source, license = KNOWN.get(name, (None, None if norm_pre else "gelu", f"unknown, from {path.name}", "unknown"))
-    mean, std = args.mean or (normalisation and normalisation[0]), args.std or (normalisation and normalisation[1])
-    activation = args.activation or activation
-    eps = 1e-5 if norm_pre else 1e-6  # CLIP's towers, the only ones with norm_pre, use torch's default
-    if not mean or not std:
-        raise ValueError(f"expected a known checkpoint, got {path.name}, sha256 {digest[:12]}...: its card says how images were normalised; "
-                         f"pass that as --mean R G B --std R G B")
-    if not activation:
-        raise ValueError("expected a known activation, got a checkpoint with norm_pre of unknown origin: pass --activation quick_gelu "
-                         "(OpenAI's CLIP) or gelu (most others)")
-    heads = args.heads or heads
-    return {"mean": list(mean), "std": list(std), "activation": activation, "eps": eps, **({"heads": heads} if heads else {}),
-            "name": name if name in KNOWN else path.stem, "source": args.source or source,
-            "license": args.license or license, "original_sha256": digest}
+    if name in KNOWN:
+        defaults = vars(KNOWN[name])
+    else:
+        name = path.stem
+        defaults = {"source": f"unknown, from {path.name}", "license": "unknown"}
+        if not norm_pre:
+            defaults["activation"] = "gelu"
+    values = {**defaults, **{key: value for key, value in options.items() if value}}
+    if "mean" not in values or "std" not in values:
+        raise UserError(
+            f"expected a known checkpoint, got {path.name}, sha256 {digest[:12]}...: its card "
+            f"says how images were normalised; pass that as --mean R G B --std R G B"
+        )
+    if "activation" not in values:
+        raise UserError(
+            "expected a known activation, got a checkpoint with norm_pre of unknown origin: "
+            "pass --activation quick_gelu (OpenAI's CLIP) or gelu (most others)"
+        )
+    values["mean"] = list(values["mean"])
+    values["std"] = list(values["std"])
+    eps = CLIP_EPS if norm_pre else LAYER_NORM_EPS
+    return {**values, "eps": eps, "name": name, "original_sha256": digest}
 
 
-def convert(path, out, args):
-    """Read `path`, write `out`; -> the lines that say what was done. ValueError, with nothing written, if that is not possible."""
+def save(path, tensors, metadata):
+    """The file format of vit.load_vit.
+
+    The metadata are one sorted JSON text under one key: safetensors writes several keys in random
+    order, and the file's sha256 is the teacher's name.
+    """
+    try:
+        save_file(tensors, path, metadata={"vitad": json.dumps(metadata, sort_keys=True)})
+    except SafetensorError as error:  # its word for a full disk
+        raise UserError(f"{path}: expected room for the weights, got {error}") from None
+
+
+def convert(
+    path, out, *, mean=None, std=None, activation=None, heads=None, source=None, license=None
+):
+    """Convert the checkpoint `path` into `out`; -> lines that say what was done.
+
+    The other arguments are for what the file does not show; see --help. A UserError leaves nothing.
+    """
+    path = Path(path)
+    out = Path(out)
     tensors, ours = read(path)
     if ours:
-        raise ValueError(f"{path}: expected a public checkpoint, got a file that vitad wrote: use it as it is")
-    digest = sha256(path)
-    lines = [f"read {path}: {len(tensors)} tensors, sha256 {digest}"]
-    try:
-        tensors, heads, said = canonical(tensors)
-        about = metadata(path, digest, args, heads, "norm_pre.weight" in tensors)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(
+            f"{path}: expected a public checkpoint, got a file that vitad wrote: use it as it is"
+        )
     if out.exists() and out.samefile(path):
-        raise ValueError(f"{out}: expected another name than the original's, got the same: choose one with --out")
+        raise UserError(
+            f"{out}: expected another name than the original's, got the same: choose one with --out"
+        )
+    digest = sha256(path)
+    read_line = f"read {path}: {len(tensors)} tensors, sha256 {digest}"
+    try:
+        tensors, file_heads, done = canonical(tensors)
+        options = {
+            "mean": mean,
+            "std": std,
+            "activation": activation,
+            "heads": heads or file_heads,
+            "source": source,
+            "license": license,
+        }
+        metadata = metadata_of(path, digest, "norm_pre.weight" in tensors, options)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic(out) as temporary:
-        # One key, one sorted JSON text: safetensors writes several keys in random order, and the file's sha256 is the teacher's name.
-        save_file(tensors, temporary, metadata={"vitad": json.dumps(about, sort_keys=True)})
         try:
+            save(temporary, tensors, metadata)
             vit = load_vit(temporary)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(temporary), str(path))) from None
-    c, classes = vit.config, len(vit.head.weight) if vit.head else 0
-    return [*lines, "; ".join(said),
-            f"normalisation mean {about['mean']} std {about['std']}, activation {about['activation']}, "
-            f"LayerNorm eps {about['eps']:g}, source {about['source']}, licence {about['license']}",
-            f"wrote {out}: width {c['width']}, depth {c['depth']}, heads {c['heads']}, patch {c['patch']}, grid {c['grid']} x {c['grid']}, "
-            f"{classes} classes, {sum(p.numel() for p in vit.parameters()):,} parameters, sha256 {vit.sha256}"]
+        except (UserError, ValueError) as error:
+            raise UserError(str(error).replace(str(temporary), str(path))) from None
+    return [read_line, "; ".join(done), *summary(out, vit)]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail  # one sentence, without the usage before it
+def summary(out, vit):
+    """Two lines on a converted file: its metadata and its sizes."""
+    metadata = vit.metadata
+    config = vit.config
+    classes = len(vit.head.weight) if vit.head else 0
+    parameters = sum(p.numel() for p in vit.parameters())
+    return [
+        f"normalisation mean {metadata['mean']} std {metadata['std']}, "
+        f"activation {metadata['activation']}, LayerNorm eps {metadata['eps']:g}, "
+        f"source {metadata['source']}, licence {metadata['license']}",
+        f"wrote {out}: width {config['width']}, depth {config['depth']}, "
+        f"heads {config['heads']}, patch {config['patch']}, "
+        f"grid {config['grid']} x {config['grid']}, {classes} classes, "
+        f"{parameters:,} parameters, sha256 {vit.sha256}",
+    ]
+
+
+@script
+def main(argv):
+    parser = Parser(__doc__)
     parser.add_argument("file", type=Path, help="the public checkpoint")
-    parser.add_argument("--out", type=Path, help="where to write (default weights/<stem of FILE>.safetensors)")
-    parser.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="of the images, on a 0 to 1 scale")
-    parser.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"))
-    parser.add_argument("--activation", choices=["gelu", "quick_gelu"], help="of the MLPs")
-    parser.add_argument("--heads", type=int, help="attention heads (default: as the file tells, else width / 64)")
+    parser.add_argument(
+        "--out", type=Path, help="where to write (default weights/<stem of FILE>.safetensors)"
+    )
+    rgb = {"type": float, "nargs": 3, "metavar": ("R", "G", "B")}
+    parser.add_argument("--mean", **rgb, help="of the images, on a 0 to 1 scale")
+    parser.add_argument("--std", **rgb, help="their standard deviation, on the same scale")
+    parser.add_argument("--activation", choices=list(ACTIVATIONS), help="of the MLPs")
+    parser.add_argument(
+        "--heads", type=int, help="attention heads (default: as the file tells, else width / 64)"
+    )
     parser.add_argument("--source", help="where the checkpoint is from, for the metadata")
     parser.add_argument("--license", help="its licence, for the metadata")
-    args = parser.parse_args()
-    with one_sentence():
-        print("\n".join(convert(args.file, args.out or HERE / f"{args.file.stem}.safetensors", args)))
+    args = parser.parse_args(argv)
+    lines = convert(
+        args.file,
+        args.out or WEIGHTS / f"{args.file.stem}.safetensors",
+        mean=args.mean,
+        std=args.std,
+        activation=args.activation,
+        heads=args.heads,
+        source=args.source,
+        license=args.license,
+    )
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

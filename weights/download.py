@@ -1,163 +1,244 @@
 #!/usr/bin/env python3
-"""Download a public ViT-B/16 checkpoint by name and convert it.
+"""Download a public ViT checkpoint by name and convert it.
 
-    python weights/download.py vit_base_patch16_224                             # Google's, the default teacher
-    python weights/download.py vit_base_patch16_224.augreg2_in21k_ft_in1k       # Google's AugReg, as timm fine-tuned it
+    python weights/download.py vit_base_patch16_224
 
-The original (346 MB) goes to weights/original/NAME.safetensors and may be deleted afterwards; the converted file, the one that train.py
-reads, is weights/NAME.safetensors. A download that is interrupted goes on where it stopped when the command is run again. Without
-network, put the original into weights/original under that name by any other means: it is checked and converted all the same.
+This is Google's ViT-B/16, 346 MB, the default teacher. weights/README.md has the other names.
+
+The original goes to weights/original/ and may be deleted afterwards. The converted file, the one
+that train.py reads, is weights/NAME.safetensors. Without network, save the original by any other
+means under the path that the error names: the same command then checks and converts it.
 """
-import argparse
+
 import difflib
-import hashlib
-import os
+import socket
 import ssl
 import sys
-import time
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.error import URLError
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-from weights.files import fail, one_sentence  # noqa: E402
-# convert.py, and torch with it, is imported where a file is converted: a file that is there already is found at once.
+import torch
 
-# name -> (url, bytes, sha256). A url names one revision, so that what lies there cannot change.
-CHECKPOINTS = {
-    "vit_base_patch16_224": (
-        "https://huggingface.co/timm/vit_base_patch16_224.orig_in21k_ft_in1k"
-        "/resolve/e0bd370de6799e8d1f47a911174ff4c3708e2323/model.safetensors",
-        346284714, "669b949ea91fd19217f200cee259780bde32210c1eb9a5af3859f0dd8346b2ec"),
-    "vit_base_patch16_224.augreg2_in21k_ft_in1k": (
-        "https://huggingface.co/timm/vit_base_patch16_224.augreg2_in21k_ft_in1k"
-        "/resolve/063c6c38a5d8510b2e57df480445e94b231dad2c/model.safetensors",
-        346284714, "32aa17d6e17b43500f531d5f6dc9bc93e56ed8841b8a75682e1bb295d722405b"),
-}
-ATTEMPTS = 5  # requests for one file whose connection breaks
-PAUSE = 1  # second between them
+if __name__ == "__main__":
+    import _root  # noqa: F401 (puts the repository on the path)
+
+from runs import WEIGHTS, Parser, UserError, load_teacher, script, weights_path
+from vit import sha256
+from weights import convert
+
 TIMEOUT = 30  # seconds without a byte
-CHUNK = 1 << 18  # bytes
-BROKEN = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)  # what a network does; a full disk is none of these
+# What a network does. A full disk is none of these.
+NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
-def length(path):
-    return path.stat().st_size if path.exists() else 0
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint as its publisher offers it. The sizes are those of the converted ViT."""
+
+    url: str
+    sha256: str | None  # whole, or its beginning; None where none is known
+    parameters: int
+    width: int = 768
+    depth: int = 12
+    patch: int = 16
+
+    def expected(self):
+        """What the url should give, in words."""
+        if self.sha256 is None:
+            return f"a checkpoint with {sizes_in_words(self)} (no sha256 is published)"
+        if len(self.sha256) < 64:
+            return f"a file whose sha256 begins with {self.sha256}"
+        return f"a file with sha256 {self.sha256}"
 
 
-def file_sha256(path):
-    """As vit.sha256, without importing torch."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+HUGGING_FACE = "https://huggingface.co/timm"
+META = "https://dl.fbaipublicfiles.com"
+# Hugging Face's urls name one revision. Those of DeiT and torchvision name the sha256's beginning.
+# Meta published none for DINOv2: these are what many of its users recorded.
+PUBLISHED = {
+    "vit_base_patch16_224": Published(
+        f"{HUGGING_FACE}/vit_base_patch16_224.orig_in21k_ft_in1k"
+        "/resolve/e0bd370de6799e8d1f47a911174ff4c3708e2323/model.safetensors",
+        "669b949ea91fd19217f200cee259780bde32210c1eb9a5af3859f0dd8346b2ec",
+        parameters=86_567_656,
+    ),
+    "vit_base_patch16_224.augreg2_in21k_ft_in1k": Published(
+        f"{HUGGING_FACE}/vit_base_patch16_224.augreg2_in21k_ft_in1k"
+        "/resolve/063c6c38a5d8510b2e57df480445e94b231dad2c/model.safetensors",
+        "32aa17d6e17b43500f531d5f6dc9bc93e56ed8841b8a75682e1bb295d722405b",
+        parameters=86_567_656,
+    ),
+    "vit_b_16": Published(
+        "https://download.pytorch.org/models/vit_b_16-c867db91.pth",
+        "c867db91",
+        parameters=86_567_656,
+    ),
+    "deit_tiny_patch16_224": Published(
+        f"{META}/deit/deit_tiny_patch16_224-a1311bcf.pth",
+        "a1311bcf",
+        parameters=5_717_416,
+        width=192,
+    ),
+    "deit_small_patch16_224": Published(
+        f"{META}/deit/deit_small_patch16_224-cd65a155.pth",
+        "cd65a155",
+        parameters=22_050_664,
+        width=384,
+    ),
+    "deit_base_patch16_224": Published(
+        f"{META}/deit/deit_base_patch16_224-b5f2ef4d.pth", "b5f2ef4d", parameters=86_567_656
+    ),
+    "dino_vitb16": Published(
+        f"{META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+        None,
+        parameters=85_798_656,
+    ),
+    "dinov2_vits14": Published(
+        f"{META}/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
+        "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+        parameters=21_619_584,
+        width=384,
+        patch=14,
+    ),
+    "dinov2_vitb14": Published(
+        f"{META}/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+        "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
+        parameters=85_706_496,
+        patch=14,
+    ),
+}
 
 
-def progress(done, size, speed=None):
-    """On stderr: in a terminal one line that is written over, else one line where a request begins (no speed yet) and one at the end."""
-    line = f"{done / size:4.0%} {done / 1e6:.1f} of {size / 1e6:.1f} MB" + (f" {speed / 1e6:.1f} MB/s" if speed is not None else "")
-    if sys.stderr.isatty():
-        print(f"\033[K{line}", end="\n" if done == size else "\r", file=sys.stderr, flush=True)
-    elif speed is None or done == size:
-        print(line, file=sys.stderr, flush=True)
+def ensure_weights(weights, folder=WEIGHTS):
+    """--weights -> the file for vit.load_vit.
 
-
-def receive(url, part, size, report):
-    """One request for what `part` still lacks. ValueError if the file there has another size; one of BROKEN if the connection breaks."""
-    start = length(part)
-    request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    with urlopen(request, timeout=TIMEOUT) as response:
-        done = start if response.status == 206 else 0  # a server that ignores ranges answers 200 and sends the whole file
-        announced = response.headers.get("Content-Length")
-        if announced and done + int(announced) != size:
-            raise ValueError(f"a file of {done + int(announced):,} bytes")
-        began, first = time.perf_counter(), done
-        report(done, size)
-        with open(part, "ab" if done else "wb") as file:
-            while done <= size and (chunk := response.read(CHUNK)):
-                file.write(chunk)
-                done += len(chunk)
-                report(done, size, (done - first) / (time.perf_counter() - began))
-    if done < size:
-        raise ConnectionError("the connection was cut")
-
-
-def fetch(url, path, size, sha256, report=progress):
-    """Download `url` to `path`; nothing is left at `path` that has not this size and sha256, and a file that has is not requested again.
-
-    What has come lies in `<path>.part`, from which a broken download goes on, in this call or the next. `report(bytes, size, speed)` is
-    called as it grows. ValueError, one sentence that says how to do the same by hand, if the file cannot be had.
+    A file is taken as it is. A name stands for `folder/<name>.safetensors`, which is downloaded and
+    converted if it is not there.
     """
-    def failure(got):
-        return ValueError(f"{url}: expected {size:,} bytes with sha256 {sha256}, got {got}: try again, or save that file as {path} by hand")
-
-    if path.exists():
-        if file_sha256(path) != sha256:
-            raise ValueError(f"{path}: expected the file of {url} with sha256 {sha256}, got another: remove it and try again")
-        return
-    part = path.with_name(f"{path.name}.part")
-    if length(part) > size:
-        part.unlink()
-    attempts = 0
-    while (before := length(part)) < size:
-        try:
-            receive(url, part, size, report)
-        except HTTPError as error:
-            error.close()
-            if error.code != 416 or not before:
-                raise failure(f"HTTP {error.code} {error.reason}") from None
-            part.unlink()  # the server has nothing beyond the part: it is no beginning of this file
-        except BROKEN as error:
-            attempts += 1
-            nothing = attempts == 1 and length(part) == before  # no network: further requests would only keep the user waiting
-            if nothing or attempts == ATTEMPTS:
-                raise failure(f"{length(part):,} bytes ({getattr(error, 'reason', None) or error})") from None
-            time.sleep(PAUSE)
-        except ValueError as error:
-            raise failure(error) from None
-    got = f"more than {size:,}" if length(part) > size else f"sha256 {file_sha256(part)}"
-    if got != f"sha256 {sha256}":
-        part.unlink()
-        raise failure(f"{got} (deleted)")
-    os.replace(part, path)
+    name = str(weights)
+    folder = Path(folder)
+    path = weights_path(name, folder)
+    if path.is_file() or name.endswith(".safetensors"):  # load_teacher says if that is absent
+        return path
+    if name not in PUBLISHED:
+        raise UserError(f"weights: {unknown(name, folder)}")
+    published = PUBLISHED[name]
+    original = folder / "original" / f"{name}{Path(published.url).suffix}"
+    by_hand = original.is_file()
+    if by_hand:
+        check_sha256(original, published)
+    else:
+        download(original, published)
+    try:
+        lines = convert_checked(original, path, published)
+    except UserError as error:
+        if by_hand:
+            raise
+        original.unlink()
+        raise failure(original, published, error) from None
+    print("\n".join(lines), flush=True)
+    return path
 
 
-def weights_file(name_or_path, folder=HERE):
-    """--weights -> the file for vit.load_vit: a file as it is; a name: `folder/<name>.safetensors`, downloaded and converted if need be."""
-    name, folder = str(name_or_path), Path(folder)
-    if Path(name).is_file() or name.endswith(".safetensors"):  # load_vit says so if that is absent
-        return Path(name)
-    out = folder / f"{name}.safetensors"
-    if out.is_file():
-        return out
-    if name not in CHECKPOINTS:
-        known = sorted({*CHECKPOINTS, *(path.stem for path in folder.glob("*.safetensors"))})
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "weights/README.md says where to get others"
-        raise ValueError(f"weights: expected a .safetensors file or one of {', '.join(known)}, got {name!r}: {hint}")
-    url, size, sha256 = CHECKPOINTS[name]
-    original = folder / "original" / out.name
-    original.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{original}: {size / 1e6:.1f} MB from {url}", flush=True)
-    fetch(url, original, size, sha256)
-    import convert
-
-    options = argparse.Namespace(mean=None, std=None, activation=None, heads=None, source=None, license=None)  # all known
-    print("\n".join(convert.convert(original, out, options)), flush=True)
-    return out
+def convert_checked(original, path, published):
+    """Convert, and keep the file only if it has the published sizes."""
+    complete = False
+    try:
+        lines = convert.convert(original, path)
+        check_sizes(original, published, load_teacher(path))
+        complete = True
+        return lines
+    finally:
+        if not complete:
+            path.unlink(missing_ok=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail  # one sentence, without the usage before it
-    parser.add_argument("name", help=f"one of {', '.join(CHECKPOINTS)}")
-    args = parser.parse_args()
-    with one_sentence():
-        path = weights_file(args.name)
-        if path == Path(args.name):
-            raise ValueError(f"NAME: expected one of {', '.join(CHECKPOINTS)}, got a file, {path}: give that to train.py as --weights")
-        print(f"{path}: ready for --weights")
+def unknown(name, folder):
+    """The sentence for a name that is neither there nor published."""
+    known = sorted({*PUBLISHED, *(path.stem for path in folder.glob("*.safetensors"))})
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = "weights/README.md says where to get others"
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
+    return f"expected a .safetensors file or one of {', '.join(known)}, got {name!r}: {hint}"
+
+
+def download(path, published):
+    """Download an original. `path` then holds all of it, or is not there."""
+    print(f"{path}: from {published.url}", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{path.name}.*.partial"):  # by a download that was killed
+        left.unlink()
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)  # torch.hub sets none
+    try:
+        torch.hub.download_url_to_file(published.url, str(path), hash_prefix=published.sha256)
+    except (*NETWORK_ERRORS, RuntimeError) as error:  # RuntimeError: another sha256
+        raise failure(path, published, error) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def failure(path, published, reason):
+    """The error of a download that did not give the checkpoint."""
+    return UserError(
+        f"{published.url}: expected {published.expected()}, got none ({reason}): try again, "
+        f"or save that file as {path} by other means and give the same command"
+    )
+
+
+def check_sha256(path, published):
+    """Is this original, which somebody put there, the published one?"""
+    digest = sha256(path)
+    if not digest.startswith(published.sha256 or ""):
+        raise UserError(
+            f"{path}: expected {published.expected()}, as {published.url} has it, "
+            f"got sha256 {digest}: remove it and try again"
+        )
+
+
+def check_sizes(path, published, vit):
+    """Has the ViT, converted from the original `path`, the sizes of the published network?
+
+    Where no sha256 is known, this is the only check.
+    """
+    got = Published(
+        published.url,
+        vit.sha256,
+        parameters=sum(p.numel() for p in vit.parameters()),
+        width=vit.config["width"],
+        depth=vit.config["depth"],
+        patch=vit.config["patch"],
+    )
+    if sizes_in_words(got) != sizes_in_words(published):
+        raise UserError(
+            f"{path}: expected {sizes_in_words(published)}, got {sizes_in_words(got)}: "
+            f"remove it and try again"
+        )
+
+
+def sizes_in_words(published):
+    return (
+        f"width {published.width}, depth {published.depth}, patch {published.patch} and "
+        f"{published.parameters:,} parameters"
+    )
+
+
+@script
+def main(argv):
+    parser = Parser(__doc__)
+    parser.add_argument("name", help=f"one of {', '.join(PUBLISHED)}")
+    name = parser.parse_args(argv).name
+    path = ensure_weights(name)
+    if path == Path(name):
+        raise UserError(
+            f"NAME: expected one of {', '.join(PUBLISHED)}, got a file, {path}: "
+            f"give that to train.py as --weights"
+        )
+    print(f"{path}: ready for --weights")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

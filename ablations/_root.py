@@ -1,0 +1,1 @@
+../weights/_root.py

@@ -1,0 +1,144 @@
+"""The parts of train.py: the teacher's cache, the yardstick, learning rate, images held out."""
+
+import itertools
+import math
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from conftest import tiny_vit
+from vitad import LAYERS, Distillation
+
+IMAGES = torch.randint(
+    0, 256, (5, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(4)
+)
+
+
+def distillation(**options):
+    torch.manual_seed(0)
+    return Distillation(tiny_vit(), **options)
+
+
+# ------------------------------------------------------------------------------ the teacher's cache
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("place", ["device", "host", "disk", "off"])
+def test_kept_features_are_those_of_the_teacher(place, precision, tmp_path):
+    model, fp32 = distillation(precision=precision), precision == "fp32"
+    cache = train.TeacherCache(model, 7, "cpu", tmp_path, place)
+    assert cache.place == place and cache.bytes == 7 * 4 * 50 * 32 * (4 if fp32 else 2)
+    expected = model.teach(IMAGES)
+    if not fp32:
+        expected = {c: x.bfloat16().float() for c, x in expected.items()}
+    calls = []
+    model.teacher.register_forward_hook(lambda *_: calls.append(1))
+    every_time = place == "off"
+
+    order = torch.tensor([6, 1, 4, 0, 3])
+    first = cache(order, IMAGES)
+    assert list(first) == list(LAYERS) and all(torch.equal(first[c], expected[c]) for c in LAYERS)
+    assert len(calls) == 1
+
+    again = cache(order.flip(0), IMAGES.flip(0))
+    assert all(torch.equal(again[c], first[c].flip(0)) for c in LAYERS)
+    assert len(calls) == 1 + every_time
+
+    unseen = cache(torch.tensor([0, 2]), IMAGES[[3, 0]])  # one of them known: both are computed
+    rounding = 1e-5 if fp32 else 1e-2
+    torch.testing.assert_close(unseen[11], first[11][[3, 0]], rtol=rounding, atol=rounding)
+    assert len(calls) == 2 + every_time
+    assert not list(tmp_path.iterdir())  # the file has no name
+
+
+def test_the_cache_leaves_half_of_what_is_free(monkeypatch, tmp_path):
+    model, need = distillation(), 7 * 4 * 50 * 32 * 4
+    free = {"off": math.inf}
+    monkeypatch.setattr(train, "free_bytes", lambda place, device, folder: free[place])
+    for device, host, disk, expected in (
+        (2 * need, 0, 0, "device"),
+        (2 * need - 1, 2 * need, 0, "host"),
+        (0, need, 2 * need, "disk"),
+        (0, 0, need, "off"),
+    ):
+        free |= {"device": device, "host": host, "disk": disk}
+        assert train.TeacherCache(model, 7, "cpu", tmp_path).place == expected
+    assert not list(tmp_path.iterdir())  # the file went with the cache
+
+
+def test_free_bytes(tmp_path):
+    assert train.free_bytes("device", "cpu") == 0  # a CPU's memory is the host's
+    assert train.free_bytes("host", "cpu") > 1 << 20
+    assert train.free_bytes("disk", "cpu", tmp_path) > 0
+    assert train.free_bytes("off", "cpu") == math.inf
+
+
+# ---------------------------------------------------------------------------------- the yardstick
+
+
+def cosine(x, y):
+    x, y = x.double().numpy(), y.double().numpy()
+    return float(np.dot(x, y) / np.sqrt(np.dot(x, x) * np.dot(y, y)))
+
+
+def test_the_yardstick_against_naive_loops():
+    model = distillation(layers=(2, 5))
+    t = model.teach(IMAGES)
+    halves = [(IMAGES[i], {c: x[i] for c, x in t.items()}) for i in (slice(3), slice(3, 5))]
+    student, layout = train.measure_held_out(model, halves)
+
+    with torch.no_grad():
+        s = model.features(model.student, IMAGES)
+    for i, c in enumerate(t):
+        tokens = [(b, p) for b in range(5) for p in range(50)]
+        distances = [1 - cosine(t[c][b, p], s[c][b, p]) for b, p in tokens]
+        assert student[i].item() == pytest.approx(np.mean(distances), rel=1e-4)
+        of_position = []
+        for p in range(50):  # two images at a time
+            pairs = itertools.combinations(range(5), 2)
+            mean = np.mean([cosine(t[c][a, p], t[c][b, p]) for a, b in pairs])
+            of_position.append(1 - max(mean, 0) ** 0.5)
+        assert layout[i].item() == pytest.approx(np.mean(of_position), rel=1e-4)
+
+
+def test_the_yardstick_of_a_student_that_has_arrived():
+    model = distillation()
+    model.student.load_state_dict(model.teacher.state_dict())
+    student, layout = train.measure_held_out(model, [(IMAGES, model.teach(IMAGES))])
+    assert student.abs().max() < 1e-6 and (student < layout).all()
+
+
+# --------------------------------------------------------------- learning rate, images held out
+
+
+def test_learning_rate():
+    settings = train.Settings(warmup=4)
+    rates = [train.learning_rate(step, 12, 2.0, settings) for step in range(12)]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]  # linear up to the peak
+    cosine = [1 + math.cos(math.pi * done / 8) for done in range(8)]
+    assert rates[4:] == pytest.approx(cosine)  # and down to 0 over the other 8 steps
+    assert train.learning_rate(12, 12, 2.0, settings) == pytest.approx(0)
+    constant = train.Settings(warmup=2, decay="constant")
+    rates = [train.learning_rate(step, 6, 2.0, constant) for step in range(6)]
+    assert rates == [1.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+    assert train.learning_rate(0, 6, 2.0, train.Settings(warmup=0)) == 2.0
+
+
+def test_images_held_out_depend_on_the_category_and_not_on_the_seed():
+    settings = train.Settings(dataset="folder", category="own", holdout=0.3)
+    kept, held_out = train.hold_out(settings, 10)
+    shuffled = torch.randperm(
+        10, generator=torch.Generator().manual_seed(zlib.crc32(b"folder/own"))
+    )
+    assert held_out.tolist() == sorted(shuffled[:3].tolist())
+    assert kept.tolist() == sorted(set(range(10)) - set(held_out.tolist()))
+
+    def held(n=100, **changes):
+        changes = {"dataset": "folder", "category": "own", "holdout": 0.3, **changes}
+        return train.hold_out(train.Settings(**changes), n)[1].tolist()
+
+    assert held() == held(seed=1) != held(category="other") and held() != held(dataset="mvtec")
+    assert len(held(holdout=0.1)) == 10 and held(holdout=0.0) == []

@@ -1,0 +1,1 @@
+"""Teachers: converters of public checkpoints, their download, and the demo's teacher."""
