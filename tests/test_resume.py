@@ -260,7 +260,6 @@ def start(world, out, *options):
 
 def test_killed_twelve_times_and_still_the_same(world, tmp_path, monkeypatch):
     """SIGKILL at random moments after a checkpoint, every other one inside the writing of one."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole = start(world, tmp_path / "whole")
     folder = tmp_path / "killed" / RUN
     checkpoint = folder / "checkpoint.safetensors"
