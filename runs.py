@@ -303,22 +303,24 @@ def provenance(device):
 # --------------------------------------------------------------------------------------- checkpoint
 
 
-def save_checkpoint(path, model, optimizer, step):
-    """All that the rest of a run depends on: what is learnt, optimiser, step and random state.
+def save_checkpoint(path, model, optimizers, step):
+    """All that the rest of a run depends on: what is learnt, optimisers, step and random state.
 
-    The order of the images is not in it: that depends on seed and epoch alone.
+    The parameters are numbered through all optimisers: optimizer.<number>.<name of the state>. The
+    order of the images is not in it: that depends on seed and epoch alone.
     """
-    state = {
-        f"optimizer.{i}.{name}": value
-        for i, values in optimizer.state_dict()["state"].items()
-        for name, value in values.items()
-        if value is not None
-    }
-    extra = {"random": torch.get_rng_state(), "step": torch.tensor(step)}
-    write_tensors(path, {**model.learned_state(), **state, **extra})
+    tensors = {**model.learned_state(), "random": torch.get_rng_state(), "step": torch.tensor(step)}
+    first = 0
+    for optimizer in optimizers:
+        for i, values in optimizer.state_dict()["state"].items():
+            for name, value in values.items():
+                if value is not None:
+                    tensors[f"optimizer.{first + i}.{name}"] = value
+        first += count_parameters(optimizer)
+    write_tensors(path, tensors)
 
 
-def load_checkpoint(path, model, optimizer):
+def load_checkpoint(path, model, optimizers):
     """The inverse of `save_checkpoint`; -> step."""
     try:
         tensors = load_file(path)
@@ -328,7 +330,12 @@ def load_checkpoint(path, model, optimizer):
         for key in [key for key in tensors if key.startswith("optimizer.")]:
             _, i, name = key.split(".")
             states.setdefault(int(i), {})[name] = tensors.pop(key)
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+        first = 0
+        for optimizer in optimizers:
+            numbers = range(first, first + count_parameters(optimizer))
+            state = {i - first: states[i] for i in numbers if i in states}
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            first = numbers.stop
         model.load_learned_state(tensors)
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise UserError(
@@ -336,6 +343,10 @@ def load_checkpoint(path, model, optimizer):
             f"({str(error).splitlines()[0]}): --overwrite starts again"
         ) from None
     return step
+
+
+def count_parameters(optimizer):
+    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 # ----------------------------------------------------------------------------------- trained models

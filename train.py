@@ -42,6 +42,7 @@ from vitad import LAM, LAYERS, TOP_K
 from weights.download import ensure_weights
 
 STEPS = 1600  # of a run, unless --epochs says otherwise: results/recipe.md
+MUON_LR = 0.008  # the best of four on held-out images of pill: results/recipe.md
 LOG_EVERY = 10  # steps between lines of the log
 EVAL_BATCH = 32  # images at a time without gradient
 
@@ -89,10 +90,10 @@ class Settings:
     batch_size: int = option(None, f"images per step (default {per_dataset('batch_size')})")
     lr: float = option(
         None,
-        "peak learning rate (default min(0.001, 0.192 / width of the teacher); "
+        f"peak learning rate (default min(0.001, 0.192 / width of the teacher); muon {MUON_LR}; "
         f"sgd {per_dataset('lr')})",
     )
-    optimizer: str = option("adamw", "sgd is the paper's; it takes longer", ["sgd", "adamw"])
+    optimizer: str = option("adamw", "sgd is the paper's and the slowest", ["sgd", "adamw", "muon"])
     momentum: float = option(0.9, "of sgd")
     weight_decay: float = option(0.0, "of every trained parameter")
     warmup: int = option(20, "steps of linear warm-up")
@@ -416,17 +417,78 @@ def hold_out(settings, n):
     return kept.sort().values, held_out.sort().values
 
 
-def make_optimizer(settings, parameters, peak, device):
+def peak_learning_rate(settings, width):
+    if settings.lr is not None:
+        return settings.lr
+    if settings.optimizer == "muon":
+        return MUON_LR
+    # AdamW moves each weight by about the learning rate, so a sum over D inputs by up to D times
+    # that: results/recipe.md, "Width".
+    return min(1e-3, 0.192 / width)
+
+
+def make_optimizers(settings, parameters, peak, device):
+    """The optimisers of a run, each with its share of the parameters."""
+    options = {"lr": peak, "weight_decay": settings.weight_decay}
     fused = "cuda" in device  # on a CPU it is no faster
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            peak,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            fused=fused,
-        )
-    return torch.optim.AdamW(parameters, peak, weight_decay=settings.weight_decay, fused=fused)
+        sgd = torch.optim.SGD(parameters, momentum=settings.momentum, fused=fused, **options)
+        return [sgd]
+    if settings.optimizer == "adamw":
+        return [torch.optim.AdamW(parameters, fused=fused, **options)]
+    matrices = [p for p in parameters if p.ndim == 2]  # of a ViT: the weights of its blocks
+    others = [p for p in parameters if p.ndim != 2]
+    if not matrices:
+        raise UserError("--optimizer: expected adamw or sgd with this network, got muon")
+    muon = Muon(matrices, bf16=multiplies_bf16(device), **options)
+    return [muon, torch.optim.AdamW(others, fused=fused, **options)]
+
+
+def multiplies_bf16(device):
+    """Whether the device has products of bfloat16 in hardware, as far as torch says."""
+    if "cuda" in device:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has none
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, its updates as large as AdamW's; orthogonalised in float32 unless `bf16`.
+
+    torch does that in bfloat16. A CPU without such products takes 70 times as long for them.
+    """
+
+    def __init__(self, matrices, *, lr, weight_decay, bf16):
+        super().__init__(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.bf16 = bf16
+
+    @torch.no_grad()
+    def step(self):
+        if self.bf16:
+            super().step()
+            return
+        for group in self.param_groups:
+            momentum, decay = group["momentum"], 1 - group["lr"] * group["weight_decay"]
+            for p in group["params"]:
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                update = orthogonalise(p.grad.lerp(average, momentum), group)  # Nesterov's
+                p.mul_(decay)
+                p.add_(update, alpha=-group["lr"] * (0.2 * math.sqrt(max(p.shape))))
+
+
+def orthogonalise(x, group):
+    """Newton-Schulz: a matrix -> roughly U V^T of its singular value decomposition U S V^T."""
+    a, b, c = group["ns_coefficients"]
+    wide = x if x.shape[0] <= x.shape[1] else x.T
+    wide = wide / wide.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        square = wide @ wide.T
+        polynomial = torch.addmm(square, square, square, beta=b, alpha=c)  # b A + c A^2
+        wide = torch.addmm(wide, polynomial, wide, beta=a)  # a X + (b A + c A^2) X
+    return wide if x.shape[0] <= x.shape[1] else wide.T
 
 
 class StopSignals:
@@ -524,9 +586,7 @@ class Training:
         self.steps_per_epoch = math.ceil(len(self.kept) / settings.batch_size)
         self.epochs = settings.epochs or math.ceil(STEPS / self.steps_per_epoch)
         self.steps = self.epochs * self.steps_per_epoch
-        # AdamW moves each weight by about the learning rate, so a sum over D inputs by up to D
-        # times that: results/recipe.md, "Width".
-        self.peak = settings.lr or min(1e-3, 0.192 / teacher.config["width"])
+        self.peak = peak_learning_rate(settings, teacher.config["width"])
 
         # The seed depends on which run this is, not on what ran before.
         name = f"{settings.dataset}/{settings.category}/{settings.seed}"
@@ -548,7 +608,7 @@ class Training:
         runs.begin_run(self.folder, {**facts, **self.made})
 
     def build_model(self):
-        """Teacher, student, anchor; the teacher's cache; the optimiser."""
+        """Teacher, student, anchor; the teacher's cache; the optimisers."""
         settings, teacher, device = self.settings, self.teacher, self.device
         torch.manual_seed(self.seed)
         without = settings.without.split(",") if settings.without else ()
@@ -565,7 +625,7 @@ class Training:
             # smaller batch gets a graph of its own.
             self.loss_terms = torch.compile(self.loss_terms, mode="reduce-overhead", dynamic=False)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(settings, self.parameters, self.peak, device)
+        self.optimizers = make_optimizers(settings, self.parameters, self.peak, device)
 
     def order(self, epoch):
         """The training images in the order of an epoch, which seed and epoch alone decide."""
@@ -589,7 +649,7 @@ class Training:
 
     def continue_from_checkpoint(self):
         """Step, model, optimiser and log as they were; and what the first epoch had cached."""
-        self.step = runs.load_checkpoint(self.checkpoint, self.model, self.optimizer)
+        self.step = runs.load_checkpoint(self.checkpoint, self.model, self.optimizers)
         lines = [line for step, line in runs.read_log(self.log_file) if step <= self.step]
         runs.write_text(self.log_file, "".join(lines))
         print(f"{self.folder}: continues after step {self.step} of {self.steps}")
@@ -600,7 +660,7 @@ class Training:
                 pass
 
     def loop(self, progress, stop):
-        settings, optimizer = self.settings, self.optimizer
+        settings = self.settings
         size = settings.batch_size
         saved = time.monotonic()
         for epoch in range(self.step // self.steps_per_epoch + 1, self.epochs + 1):
@@ -610,8 +670,9 @@ class Training:
             for images, t in self.batches(self.order(epoch)[done * size :], size):
                 # Learning rate.
                 lr = learning_rate(self.step, self.steps, self.peak, settings)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+                for optimizer in self.optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
 
                 # Anchor, Eq. 1. After one epoch the mean is complete; only an EMA goes on.
                 if epoch == 1 or settings.anchor == "ema":
@@ -621,11 +682,12 @@ class Training:
                 terms = self.loss_terms(images, t)
 
                 # Step.
-                optimizer.zero_grad()
+                self.model.zero_grad()
                 terms["loss"].backward()
                 if settings.clip_grad:
                     torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_grad)
-                optimizer.step()
+                for optimizer in self.optimizers:
+                    optimizer.step()
                 self.step += 1
 
                 # Log: every ten steps, at an epoch's end, and before stopping.
@@ -642,7 +704,7 @@ class Training:
 
                 # Checkpoint, where a line was logged and the last one is old enough.
                 if due:
-                    runs.save_checkpoint(self.checkpoint, self.model, optimizer, self.step)
+                    runs.save_checkpoint(self.checkpoint, self.model, self.optimizers, self.step)
                     saved = time.monotonic()
                 if stop.number:
                     at = f"stopped after step {self.step} of {self.steps}"

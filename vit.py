@@ -245,7 +245,8 @@ def read_weights(path):
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("vitad", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         got = f"another kind of file: try python weights/convert.py {path}"
         if "incomplete" in str(error).lower() or "EOF" in str(error):

@@ -115,6 +115,7 @@ def stop_run(world, out, *options, step=2, number=signal.SIGTERM):
         (),
         ("--anchor", "ema", "--optimizer", "sgd", "--momentum", 0),
         ("--optimizer", "sgd", "--holdout", 0.3),
+        ("--optimizer", "muon"),
         ("--cache", "disk", "--precision", "bf16"),
         ("--cache", "off"),
     ],

@@ -265,6 +265,7 @@ def test_overwrite_starts_again(world, tmp_path):
         {"optimizer": "sgd", "layers": "2,4", "top_k": 3, "momentum": 0},
         {"precision": "bf16", "cache": "disk"},
         {"precision": "tf32", "cache": "off"},
+        {"optimizer": "muon", "weight_decay": 0.1},
         {"decay": "constant", "warmup": 0, "lam": 0, "batch_size": 64},
     ],
 )

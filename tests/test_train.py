@@ -10,6 +10,7 @@ import torch
 
 import train
 from conftest import tiny_vit
+from runs import UserError
 from vitad import LAYERS, Distillation
 
 IMAGES = torch.randint(
@@ -142,3 +143,78 @@ def test_images_held_out_depend_on_the_category_and_not_on_the_seed():
 
     assert held() == held(seed=1) != held(category="other") and held() != held(dataset="mvtec")
     assert len(held(holdout=0.1)) == 10 and held(holdout=0.0) == []
+
+
+# ----------------------------------------------------------------------------------- the optimisers
+
+
+def matrices():
+    """A wide and a tall one, with five gradients each."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((12, 40), (40, 12))
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(5)]
+    return values, gradients
+
+
+def five_steps(make):
+    values, gradients = matrices()
+    parameters = [torch.nn.Parameter(value.clone()) for value in values]
+    optimizer = make(parameters)
+    for step in gradients:
+        for parameter, gradient in zip(parameters, step, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    return [p.detach() - value for p, value in zip(parameters, values, strict=True)]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_muon_is_torchs_and_in_float32_differs_by_rounding_alone(decay):
+    def torchs(parameters):
+        return torch.optim.Muon(parameters, 0.01, decay, adjust_lr_fn="match_rms_adamw")
+
+    expected = five_steps(torchs)
+    for bf16 in (True, False):
+        ours = five_steps(
+            lambda p, bf16=bf16: train.Muon(p, lr=0.01, weight_decay=decay, bf16=bf16)
+        )
+        for x, y in zip(ours, expected, strict=True):
+            assert (x - y).norm() / y.norm() < (1e-6 if bf16 else 0.02)
+    for change in ({"lr": 0.012}, {"weight_decay": decay + 0.5}):  # the comparison can fail
+        options = {"lr": 0.01, "weight_decay": decay, **change}
+        [x, _] = five_steps(lambda p, options=options: train.Muon(p, bf16=False, **options))
+        assert (x - expected[0]).norm() / expected[0].norm() > 0.02
+
+
+def test_orthogonalise_keeps_the_directions_and_levels_the_sizes():
+    _, gradients = matrices()
+    group = torch.optim.Muon([torch.nn.Parameter(torch.zeros(2, 2))]).param_groups[0]
+    for x in gradients[0]:
+        U, S, Vh = torch.linalg.svd(x, full_matrices=False)
+        sizes = U.T @ train.orthogonalise(x, group) @ Vh.T
+        assert S.max() / S.min() > 2 and (sizes - torch.diag(sizes.diag())).abs().max() < 1e-4
+        assert sizes.diag().min() > 0.6 and sizes.diag().max() < 1.3
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = distillation()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    settings = train.Settings(optimizer="muon")
+    muon, adamw = train.make_optimizers(settings, parameters, 0.01, "cpu")
+    names = {id(p): name for name, p in model.student.named_parameters()}
+    taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    ends = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert taken == {f"blocks.{i}.{end}.weight" for i in range(12) for end in ends}
+    rest = [p for group in adamw.param_groups for p in group["params"]]
+    assert len(taken) + len(rest) == len(parameters)
+    with pytest.raises(UserError, match="adamw or sgd"):
+        train.make_optimizers(settings, [torch.nn.Parameter(torch.zeros(3))], 0.01, "cpu")
+
+
+@pytest.mark.parametrize(
+    "optimizer, width, lr",
+    [("adamw", 192, 1e-3), ("adamw", 768, 2.5e-4), ("muon", 192, 8e-3), ("muon", 768, 8e-3)],
+)
+def test_the_default_peak_learning_rate(optimizer, width, lr):
+    assert train.peak_learning_rate(train.Settings(optimizer=optimizer), width) == lr
+    assert train.peak_learning_rate(train.Settings(optimizer=optimizer, lr=0.5), width) == 0.5

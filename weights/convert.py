@@ -232,7 +232,8 @@ def read(path):
                 return {key: torch.from_numpy(arrays[key]) for key in arrays.files}, False
         with safe_open(path, framework="pt") as file:
             ours = "vitad" in (file.metadata() or {})
-            return {key: file.get_tensor(key) for key in file.keys()}, ours  # noqa: SIM118 (no dict)
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, ours
     except Exception as error:  # parsers fail on foreign bytes in every way there is
         raise UserError(
             f"{path}: expected a checkpoint of plain tensors, got a file that cannot be read as "
