@@ -274,7 +274,7 @@ def test_every_option_trains_and_evaluates(world, tmp_path, options):
     assert result.code == 0, result.err
     result = run_evaluate(world, "--out", tmp_path)
     assert result.code == 0, result.err
-    expected = 0.2 if options.get("optimizer") == "sgd" else 1e-3
+    expected = {"sgd": 0.2, "muon": 8e-3}.get(options.get("optimizer"), 1e-3)
     assert read_json(tmp_path / RUN / "config.json")["lr"] == expected
 
 
