@@ -448,7 +448,7 @@ def multiplies_bf16(device):
     """Whether the device has products of bfloat16 in hardware, as far as torch says."""
     if "cuda" in device:
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has none
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
