@@ -480,14 +480,22 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalise(x, group):
-    """Newton-Schulz: a matrix -> roughly U V^T of its singular value decomposition U S V^T."""
+    """Newton-Schulz: a matrix -> roughly U V^T of its singular value decomposition U S V^T.
+
+    A step is X <- (a + b A + c A^2) X with A = X X^T. All steps' polynomials are of the first A, so
+    they are multiplied with one another, small as A is, and with X once.
+    """
     a, b, c = group["ns_coefficients"]
     wide = x if x.shape[0] <= x.shape[1] else x.T
     wide = wide / wide.norm().clamp(min=group["eps"])
+    square = wide @ wide.T
+    product = torch.eye(len(square), device=x.device)
     for _ in range(group["ns_steps"]):
-        square = wide @ wide.T
         polynomial = torch.addmm(square, square, square, beta=b, alpha=c)  # b A + c A^2
-        wide = torch.addmm(wide, polynomial, wide, beta=a)  # a X + (b A + c A^2) X
+        polynomial.diagonal().add_(a)
+        product = polynomial @ product
+        square = polynomial @ square @ polynomial
+    wide = product @ wide
     return wide if x.shape[0] <= x.shape[1] else wide.T
 
 
