@@ -52,12 +52,12 @@ TEACHER = "vit_base_patch16_224"  # the paper's
 # Batch size and SGD's learning rate are the paper's, section 4.1. The demo and own pictures take
 # MVTec AD's.
 PER_DATASET = {
-    "cifar10": {"lr": 0.1, "batch_size": 32, "data_root": "data", "holdout": 0.0},
-    "cifar100": {"lr": 0.1, "batch_size": 32, "data_root": "data", "holdout": 0.0},
-    "fashion_mnist": {"lr": 0.1, "batch_size": 32, "data_root": "data", "holdout": 0.0},
-    "mvtec": {"lr": 0.2, "batch_size": 4, "data_root": "data/mvtec", "holdout": 0.0},
-    "folder": {"lr": 0.2, "batch_size": 4, "holdout": 0.1},
-    "demo": {"lr": 0.2, "batch_size": 4, "holdout": 0.1, "weights": "demo_teacher", "epochs": 24},
+    "cifar10": {"lr": 0.1, "batch_size": 32, "data_root": "data"},
+    "cifar100": {"lr": 0.1, "batch_size": 32, "data_root": "data"},
+    "fashion_mnist": {"lr": 0.1, "batch_size": 32, "data_root": "data"},
+    "mvtec": {"lr": 0.2, "batch_size": 4, "data_root": "data/mvtec"},
+    "folder": {"lr": 0.2, "batch_size": 4},
+    "demo": {"lr": 0.2, "batch_size": 4, "weights": "demo_teacher", "epochs": 24},
 }
 
 
@@ -111,9 +111,9 @@ class Settings:
         None, "leave terms out of Eq. 6, for ablations", ["anchor", "gram", "anchor,gram"]
     )
     holdout: float = option(
-        None,
-        "share of the training images held out, to measure progress and set delta "
-        "(default 0 in the paper's protocols, else 0.1)",
+        0.1,
+        "share of the normal images held out, to set delta and to measure how far the student has "
+        "come; with 0 all of them train it, and delta is too low",
     )
     seed: int = option(0, "of the student's initialisation and the order of the images")
     device: str = option(None, "cpu, cuda, cuda:1, ...; default cuda where there is one")
@@ -363,33 +363,38 @@ def free_bytes(place, device, folder=None):
     return math.inf
 
 
-# ---------------------------------------------------------------------------------- the yardstick
+# --------------------------------------------------------------------------- the held-out distance
 
 
 @torch.no_grad()
 def measure_held_out(model, batches):
-    """How far the student has come: two distances per layer, (layers,) each, on held-out images.
+    """How far the student still is from the teacher on images held out: (layers,).
 
-    batches: [(images, t), ...]. A distance is the mean of 1 - cosine over the tokens, 0 to 2, so it
-    means the same for every reading, optimiser and length.
-      student: between teacher and student.
-      layout:  between the teacher and the mean of its tokens at each position, over all images:
-               1 - R, where R^2 is the mean cosine of two images' tokens at one position.
-    A student nearer than the layout at every layer has learnt more than what all images share.
+    batches: [(images, t), ...]. Per layer the mean of 1 - cosine over the tokens of all images, 0
+    to 2, which means the same for every reading of the norm, optimiser and length.
     """
-    student = 0
-    sums = dict.fromkeys(model.layers, 0)
+    total = 0
     n = 0
     for images, t in batches:
         s = model.features(model.student, images)
-        n += len(images)
         distances = [(1 - F.cosine_similarity(t[c], s[c], dim=-1)).mean(dim=1).sum() for c in t]
-        student = student + torch.stack(distances)
-        sums = {c: sums[c] + F.normalize(t[c], dim=-1).sum(dim=0) for c in t}  # (T, D)
-    pairs = max(n * (n - 1), 1)
-    cosines = [(x.square().sum(dim=-1) - n) / pairs for x in sums.values()]  # (T,) per layer
-    layout = [(1 - x.clamp(min=0).sqrt()).mean() for x in cosines]
-    return student / n, torch.stack(layout)
+        total = total + torch.stack(distances)
+        n += len(images)
+    return total / n
+
+
+def second_half(curve):
+    """{step: held-out distance} -> what it says of the run's length, or {} with fewer than two.
+
+    "fell": by what share the distance fell over the second half of the steps. "lowest_at": the step
+    where it was lowest. Before the last step means: since then the student has learnt its training
+    images by heart.
+    """
+    if len(curve) < 2:
+        return {}
+    last = max(curve)
+    half = min(curve, key=lambda step: abs(step - last / 2))
+    return {"fell": 1 - curve[last] / curve[half], "lowest_at": min(curve, key=curve.get)}
 
 
 # ------------------------------------------------------------------------------------------ one run
@@ -408,12 +413,19 @@ def learning_rate(step, steps, peak, settings):
 def hold_out(settings, n):
     """n training images -> indices (sorted) of those to train on, and of those held out.
 
-    The same images are held out whatever the seed.
+    The same images are held out whatever the seed; at least two, which have a spread.
     """
     name = f"{settings.dataset}/{settings.category}"
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     shuffled = torch.randperm(n, generator=generator)
-    held_out, kept = shuffled.tensor_split([round(settings.holdout * n)])
+    count = max(2, round(settings.holdout * n)) if settings.holdout else 0
+    needed = count + 1 if count else 2  # delta needs two
+    if n < needed:
+        raise UserError(
+            f"{name}: expected at least {needed} normal images, {count} of them held out, got {n}: "
+            f"add some, or take a smaller --holdout"
+        )
+    held_out, kept = shuffled.tensor_split([count])
     return kept.sort().values, held_out.sort().values
 
 
@@ -525,6 +537,7 @@ class Progress:
         self.first = step
         self.runs_after = runs_after
         self.begun = time.perf_counter()
+        self.held_out = None  # the last held-out distance
         self.start_line()
 
     def start_line(self):
@@ -539,8 +552,8 @@ class Progress:
         self.images += images
         self.count += 1
 
-    def log(self, epoch, step, lr, epoch_ends):
-        """Write a line; -> whether every loss is finite."""
+    def log(self, epoch, step, lr):
+        """Write a line of the log; -> whether every loss is finite."""
         means = {name: float(value) / self.count for name, value in self.sums.items()}
         now = time.perf_counter()
         rate = self.images / (now - self.line_begun)
@@ -556,13 +569,15 @@ class Progress:
             print(f"this run and {self.runs_after} more like it: {time_left}", flush=True)
         shown = " ".join(f"{name} {value:.3f}" for name, value in means.items())
         minutes, seconds = divmod(int(left), 60)
-        line = f"epoch {epoch} step {step}/{self.steps} {shown} {rate:.1f} images/s"
-        self.show(f"{line} {minutes}:{seconds:02d} left", epoch_ends, ended=step == self.steps)
+        self.line = f"epoch {epoch} step {step}/{self.steps} {shown}"
+        self.speed = f"{rate:.1f} images/s {minutes}:{seconds:02d} left"
         self.start_line()
         return math.isfinite(sum(means.values()))
 
-    def show(self, line, epoch_ends, ended):
+    def show(self, epoch_ends, ended):
         """In a terminal one line that is written over, elsewhere a line per epoch."""
+        held_out = f" held out {self.held_out:.4f}" if self.held_out is not None else ""
+        line = f"{self.line}{held_out} {self.speed}"
         if sys.stdout.isatty():
             print(f"\r\033[K{line}", end="\n" if ended else "", flush=True)
         elif epoch_ends:
@@ -703,12 +718,13 @@ class Training:
                 epoch_ends = self.step % self.steps_per_epoch == 0
                 if not (self.step % LOG_EVERY == 0 or epoch_ends or stop.number):
                     continue
-                finite = progress.log(epoch, self.step, lr, epoch_ends)
+                finite = progress.log(epoch, self.step, lr)
                 old_enough = time.monotonic() - saved >= settings.checkpoint_every
                 due = old_enough or stop.number is not None
                 self.check_finite(finite, epoch, weights_too=due or self.step == self.steps)
                 if epoch_ends and len(self.held_out):
                     self.measure(progress, epoch)
+                progress.show(epoch_ends, ended=self.step == self.steps)
 
                 # Checkpoint, where a line was logged and the last one is old enough.
                 if due:
@@ -733,51 +749,38 @@ class Training:
         )
 
     def measure(self, progress, epoch):
-        """The yardstick, at an epoch's end: to the log and the terminal."""
-        student, layout = measure_held_out(self.model, self.batches(self.held_out, EVAL_BATCH))
-        converged = bool((student < layout).all())
-        progress.write(
-            {
-                "epoch": epoch,
-                "step": self.step,
-                "held_out_mean": student.mean().item(),
-                "held_out": student.tolist(),
-                "layout": layout.tolist(),
-                "converged": converged,
-            }
-        )
-        print(
-            f"held out: distance to the teacher {student.mean():.4f}, of the layout "
-            f"{layout.mean():.4f}: {'converged' if converged else 'not converged'}",
-            flush=True,
-        )
+        """The held-out distance, at an epoch's end."""
+        distances = measure_held_out(self.model, self.batches(self.held_out, EVAL_BATCH))
+        progress.held_out = distances.mean().item()
+        line = {"epoch": epoch, "step": self.step, "held_out_mean": progress.held_out}
+        progress.write({**line, "held_out": distances.tolist()})
 
-    def calibrate(self, progress):
-        """delta of Eq. 10 from images held out, or else from the training images themselves.
-
-        The latter is optimistic: the student has seen them. -> what to say of it.
-        """
-        held_out = len(self.held_out) > 0
-        index = self.held_out if held_out else self.kept
+    def conclude(self, progress):
+        """delta of Eq. 10, and whether the run was long enough. -> a line that says both."""
+        on_held_out = len(self.held_out) > 0
+        index = self.held_out if on_held_out else self.kept
         parts = [self.model.scores(x, t) for x, t in self.batches(index, EVAL_BATCH)]
         scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         self.model.calibrate(scores)
+        facts = {"step": self.step, "delta": self.model.delta.item(), "images": len(index)}
         spread = {
             name: {"mean": x.mean().item(), "std": x.std(correction=0).item()}
             for name, x in scores.items()
         }
-        progress.write(
-            {
-                "step": self.step,
-                "delta": self.model.delta.item(),
-                "images": len(index),
-                "held_out": held_out,
-                **spread,
-            }
-        )
-        source = "images held out" if held_out else "the training images"
-        mean = scores["score"].mean()
-        return f"{source} score {mean:.2f} on average, delta is {self.model.delta:.2f}"
+        lines = [json.loads(line) for _, line in runs.read_log(self.log_file)]
+        curve = {line["step"]: line["held_out_mean"] for line in lines if "held_out_mean" in line}
+        length = second_half(curve)
+        progress.write({**facts, "held_out": on_held_out, **length, **spread})
+
+        mean = f"score {scores['score'].mean():.2f} on average, delta is {self.model.delta:.2f}"
+        if not on_held_out:
+            return f"the training images {mean}: too low for new images"
+        if not length:
+            return f"images held out {mean}"
+        fell = f"fell by {100 * length['fell']:.0f} % over the second half of training"
+        if length["lowest_at"] < self.step:
+            fell += f" and was lowest at step {length['lowest_at']}"
+        return f"images held out {mean}; their distance to the teacher {fell}"
 
 
 def train(settings, teacher, device, resume=False, runs_after=0):
@@ -795,7 +798,7 @@ def train(settings, teacher, device, resume=False, runs_after=0):
         with StopSignals() as stop, open(training.log_file, "a", buffering=1) as file:
             progress = Progress(file, training.steps, training.step, runs_after)
             training.loop(progress, stop)
-            outcome = training.calibrate(progress)
+            outcome = training.conclude(progress)
             state = training.model.learned_state()
             runs.write_tensors(training.folder / "model.safetensors", state)
             training.checkpoint.unlink(missing_ok=True)

@@ -187,12 +187,28 @@ def score(score_d, score_a_teacher, score_a_student):
     return score_d + score_a_teacher + score_a_student
 
 
-def calibrate(normal_scores, quantile=0.99):
-    """Eq. 10's delta: the score below which this share of normal images lies.
+def calibrate(normal_scores):
+    """Eq. 10's delta: of 100 new normal images, about one scores more. The paper gives no rule.
 
-    (n,) -> scalar. The paper gives no rule.
+    (n,), n > 1 -> scalar, from normal images, best such as the student was not trained on.
+      n >= 100: the 0.99 quantile.
+      fewer: their quantile is about their maximum, which one new image in n + 1 exceeds. So
+        mean + t sqrt(1 + 1/n) std, with t the 0.99 quantile of Student's distribution with n - 1
+        degrees of freedom. One new image in 100 exceeds it, if scores are normally distributed.
     """
-    return torch.quantile(normal_scores, quantile)
+    n = len(normal_scores)
+    if n >= 100:
+        return torch.quantile(normal_scores, 0.99)
+    return normal_scores.mean() + student_t(n - 1) * math.sqrt(1 + 1 / n) * normal_scores.std()
+
+
+def student_t(df):
+    """The 0.99 quantile of Student's t distribution, from the normal distribution's (Wallace 1959).
+
+    Within 1 % from df = 5 on; 2 % too large at 3, 8 % at 2, 79 % at 1.
+    """
+    normal = 2.3263 * (8 * df + 3) / (8 * df + 1)
+    return math.sqrt(df * math.expm1(normal**2 / df))
 
 
 def heat(diffs):
@@ -223,7 +239,7 @@ class Distillation(nn.Module):
     precision: "bf16" runs both networks under autocast; weights, losses, scores stay float32.
 
     delta: the threshold of Eq. 10. heat_scale: two values over normal images, the median heat of a
-    patch and the 0.99 quantile of each image's hottest patch. All are NaN before `calibrate`.
+    patch, and `calibrate` of each image's hottest patch. All are NaN before `calibrate`.
     """
 
     def __init__(

@@ -231,8 +231,8 @@ def test_epochs_follow_from_the_steps_and_the_images(world, tmp_path):
         act_in_step(patch, 1, functools.partial(signal.raise_signal, signal.SIGTERM))
         result = call(train.main, *command[:at], *command[at + 2 :])
     assert result.code == 128 + signal.SIGTERM
-    # One image of eleven is held out.
-    assert "10 normal images, 534 epochs of 3 steps" in result.out
+    # Two images of eleven are held out.
+    assert "9 normal images, 534 epochs of 3 steps" in result.out
     config = json.loads((tmp_path / RUN / "config.json").read_text())
     assert config["epochs"] == 534 and config["settings"]["epochs"] is None
 

@@ -1,4 +1,4 @@
-"""The parts of train.py: the teacher's cache, the yardstick, learning rate, images held out."""
+"""The parts of train.py: teacher's cache, held-out distance, learning rate, images held out."""
 
 import itertools
 import math
@@ -77,7 +77,7 @@ def test_free_bytes(tmp_path):
     assert train.free_bytes("off", "cpu") == math.inf
 
 
-# ---------------------------------------------------------------------------------- the yardstick
+# --------------------------------------------------------------------------- the held-out distance
 
 
 def cosine(x, y):
@@ -85,31 +85,34 @@ def cosine(x, y):
     return float(np.dot(x, y) / np.sqrt(np.dot(x, x) * np.dot(y, y)))
 
 
-def test_the_yardstick_against_naive_loops():
+def test_the_held_out_distance_against_naive_loops():
     model = distillation(layers=(2, 5))
     t = model.teach(IMAGES)
-    halves = [(IMAGES[i], {c: x[i] for c, x in t.items()}) for i in (slice(3), slice(3, 5))]
-    student, layout = train.measure_held_out(model, halves)
+    parts = [(IMAGES[i], {c: x[i] for c, x in t.items()}) for i in (slice(3), slice(3, 5))]
+    measured = train.measure_held_out(model, parts)
 
     with torch.no_grad():
         s = model.features(model.student, IMAGES)
     for i, c in enumerate(t):
         tokens = [(b, p) for b in range(5) for p in range(50)]
         distances = [1 - cosine(t[c][b, p], s[c][b, p]) for b, p in tokens]
-        assert student[i].item() == pytest.approx(np.mean(distances), rel=1e-4)
-        of_position = []
-        for p in range(50):  # two images at a time
-            pairs = itertools.combinations(range(5), 2)
-            mean = np.mean([cosine(t[c][a, p], t[c][b, p]) for a, b in pairs])
-            of_position.append(1 - max(mean, 0) ** 0.5)
-        assert layout[i].item() == pytest.approx(np.mean(of_position), rel=1e-4)
+        assert measured[i].item() == pytest.approx(np.mean(distances), rel=1e-4)
 
 
-def test_the_yardstick_of_a_student_that_has_arrived():
+def test_the_held_out_distance_of_a_student_that_has_arrived():
     model = distillation()
     model.student.load_state_dict(model.teacher.state_dict())
-    student, layout = train.measure_held_out(model, [(IMAGES, model.teach(IMAGES))])
-    assert student.abs().max() < 1e-6 and (student < layout).all()
+    assert train.measure_held_out(model, [(IMAGES, model.teach(IMAGES))]).abs().max() < 1e-6
+
+
+def test_what_the_held_out_distances_say_of_the_length():
+    falling = {10: 0.4, 20: 0.2, 30: 0.15, 40: 0.1}
+    assert train.second_half(falling) == {"fell": pytest.approx(0.5), "lowest_at": 40}
+    by_heart = {10: 0.4, 20: 0.2, 30: 0.1, 40: 0.25}
+    assert train.second_half(by_heart) == {"fell": pytest.approx(-0.25), "lowest_at": 30}
+    three = {10: 0.4, 20: 0.2, 30: 0.1}  # half of it is no epoch's end
+    assert train.second_half(three)["fell"] in (pytest.approx(0.5), pytest.approx(0.75))
+    assert train.second_half({10: 0.4}) == train.second_half({}) == {}
 
 
 # --------------------------------------------------------------- learning rate, images held out
@@ -143,6 +146,10 @@ def test_images_held_out_depend_on_the_category_and_not_on_the_seed():
 
     assert held() == held(seed=1) != held(category="other") and held() != held(dataset="mvtec")
     assert len(held(holdout=0.1)) == 10 and held(holdout=0.0) == []
+    assert len(held(n=5, holdout=0.1)) == 2  # one has no spread
+    for n, holdout, least in ((2, 0.1, 3), (1, 0.0, 2), (20, 0.99, 21)):
+        with pytest.raises(UserError, match=f"at least {least} normal images.* got {n}:"):
+            held(n=n, holdout=holdout)
 
 
 # ----------------------------------------------------------------------------------- the optimisers

@@ -161,10 +161,34 @@ def test_eq9_score_d(t, s, reading):
 def test_eq10_score_and_delta():
     parts = [torch.tensor([value]) for value in (5.0, 2.0, 0.5)]
     assert vitad.score(*parts).item() == 7.5
-    scores = torch.arange(101.0)
-    assert vitad.calibrate(scores).item() == 99  # 99 % unless told otherwise
-    assert vitad.calibrate(scores, 0.99).item() == 99
-    assert vitad.calibrate(scores, 0.5).item() == 50
+    assert vitad.calibrate(torch.arange(101.0)).item() == 99
+
+
+# From a printed table of Student's t, one-sided 0.01.
+T_TABLE = {2: 6.965, 3: 4.541, 4: 3.747, 5: 3.365, 9: 2.821, 25: 2.485, 60: 2.390}
+
+
+def test_delta_of_fewer_than_100_images_is_a_bound_for_one_more():
+    for df, t in T_TABLE.items():
+        assert vitad.student_t(df) == pytest.approx(t, rel=0.09 if df == 2 else 0.025)
+        assert df < 5 or vitad.student_t(df) == pytest.approx(t, rel=0.01)
+    scores = [3.0, 5.0, 4.0, 4.5, 3.5, 6.0]
+    mean = sum(scores) / 6
+    std = (sum((x - mean) ** 2 for x in scores) / 5) ** 0.5
+    expected = mean + 3.365 * (1 + 1 / 6) ** 0.5 * std
+    assert vitad.calibrate(torch.tensor(scores)).item() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("n", [6, 27, 99])
+def test_one_new_normal_score_in_100_exceeds_delta(n):
+    generator = torch.Generator().manual_seed(0)
+    exceeded, plain = [], []
+    for _ in range(3000):
+        scores = 5 + torch.randn(n + 1, generator=generator)
+        exceeded.append(scores[-1] > vitad.calibrate(scores[:-1]))
+        plain.append(scores[-1] > scores[:-1].quantile(0.99))
+    assert 0.005 < sum(exceeded) / 3000 < 0.015
+    assert sum(plain) / 3000 > 1.3 * sum(exceeded) / 3000  # what the quantile would do
 
 
 @pytest.mark.parametrize("reading", READINGS)
