@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -19,6 +20,7 @@ import runs
 import train
 from conftest import assert_one_sentence, call, make_category, save_vit, tiny_vit
 from evaluate import auroc, localisation, regions
+from results import curves
 from results.pictures import COLOURS, Gallery, colour, histogram, roc
 
 RUN = "runs/folder/own/seed0"
@@ -41,7 +43,7 @@ def world(tmp_path_factory, own_cache):
     command = ("--dataset", "folder", "--data-root", "own", "--weights", "teacher.safetensors")
     result = call(train.main, *command, "--epochs", 2, cwd=folder)
     assert result.code == 0, result.err
-    # One image held out tells too little for a threshold. delta is put in the middle of the test
+    # Two images held out tell too little for a threshold. delta is put in the middle of the test
     # images, so that there are both verdicts.
     assert run_evaluate(folder).code == 0
     scores = sorted(read_scores(folder / RUN).values())
@@ -351,6 +353,28 @@ def test_what_the_plots_draw():
 
 
 # ------------------------------------------------------------------------------------- from Python
+
+
+def test_held_out_distances_go_from_the_log_into_the_table_and_the_chart(world, monkeypatch):
+    monkeypatch.setattr(curves, "TABLE", world / "recipe.csv")
+    monkeypatch.setattr(sys, "argv", ["curves.py"])
+    old = {**dict.fromkeys(curves.COLUMNS, "0"), "category": "own", "optimizer": "sgd"}
+    old |= {"teacher": "", "held_out_mean": "0.9", "step": "4"}
+    curves.write_table([old])
+    for _ in range(2):  # the second time its rows are replaced
+        result = call(curves.main, RUN, "--category", "own", "--teacher", "", cwd=world)
+        assert result.code == 0, result.err
+    first, *rows = curves.read_table()
+    assert first == old and [row["step"] for row in rows] == ["1", "2"]
+    lines = [json.loads(line) for line in (world / RUN / "log.jsonl").read_text().splitlines()]
+    for row, line in zip(rows, (line for line in lines if "held_out" in line), strict=False):
+        assert float(row["held_out_mean"]) == pytest.approx(line["held_out_mean"], abs=1e-5)
+        assert float(row["block9"]) == pytest.approx(line["held_out"][2], abs=1e-5)
+    chart = ElementTree.parse(world / "recipe_own.svg").getroot()
+    curve = [e.get("points").count(",") for e in chart.iter() if e.tag.endswith("polyline")]
+    assert curve == [1, 2]
+    result = call(curves.main, "--category", "bottle", cwd=world)
+    assert_one_sentence(result, "expected runs of bottle")
 
 
 def test_load_scores_an_array(world, monkeypatch):

@@ -16,7 +16,6 @@ import zlib
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import data

@@ -1,6 +1,5 @@
 """The parts of train.py: teacher's cache, held-out distance, learning rate, images held out."""
 
-import itertools
 import math
 import zlib
 
