@@ -321,8 +321,10 @@ def score_images(run, model, paths, *, batch_size, skip_bad, as_json, heatmaps):
 
     A batch of them is in memory at a time. heatmaps: a folder for heat maps, or None.
     """
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: expected a picture or a folder of them, got no such file")
     delta = float(model.delta)
-    device = model.delta.device
     files = [file for path in paths for file in (images_in(path) if path.is_dir() else [path])]
     gallery = None
     if heatmaps:
@@ -336,7 +338,7 @@ def score_images(run, model, paths, *, batch_size, skip_bad, as_json, heatmaps):
         if not decoded:
             continue
         images = np.stack([image for _, image in decoded])
-        scores = model.scores(torch.from_numpy(images).permute(0, 3, 1, 2).to(device))
+        scores = model.scores(torch.from_numpy(images).permute(0, 3, 1, 2))
         for i, (file, _) in enumerate(decoded):
             values = {name: float(x[i]) for name, x in scores.items() if name != "heat"}
             anomalous = values["score"] >= delta  # Eq. 10

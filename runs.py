@@ -17,9 +17,15 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not locked there
+    fcntl = None
 
 import torch
 from safetensors import SafetensorError
@@ -76,6 +82,9 @@ def script(main):
         except Stopped as stop:
             print(f"\n{stop}", file=sys.stderr)
             return 128 + stop.number  # as a shell has it
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            return 128 + signal.SIGINT
 
     return wrapped
 
@@ -181,6 +190,41 @@ def read_json(path):
 
 
 # ----------------------------------------------------------------------------------- a run's folder
+
+
+@contextlib.contextmanager
+def lock(run):
+    """Yields whether the run folder is this process's alone until the block ends.
+
+    The kernel frees the lock however a process ends. On NFS it holds between machines too, but for
+    mounts with the option `nolock`.
+    """
+    new = [folder for folder in (run, *run.parents) if not folder.exists()]
+    run.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield True
+        return
+    path = run / ".lock"
+    with open(path, "a") as file:
+        ours = flock(file)
+        try:
+            yield ours
+        finally:
+            if ours:
+                path.unlink(missing_ok=True)
+                for folder in new:
+                    with contextlib.suppress(OSError):  # empty only if nothing came of the run
+                        folder.rmdir()
+
+
+def flock(file):
+    """Lock an open file, until it is closed; -> whether no other process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A process that had it before may have removed the file after this one opened it.
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def is_complete(run, settings, existing):

@@ -43,6 +43,7 @@ from weights.download import ensure_weights
 
 STEPS = 1600  # of a run, unless --epochs says otherwise: results/recipe.md
 MUON_LR = 0.008  # the best of four on held-out images of pill: results/recipe.md
+FEW = 5  # images held out: with fewer, the deviation of their scores is off by a third and more
 LOG_EVERY = 10  # steps between lines of the log
 EVAL_BATCH = 32  # images at a time without gradient
 
@@ -236,13 +237,19 @@ def runs_to_do(settings, seeds, existing):
     categories = [settings.category]
     if settings.category == "all" and settings.dataset != "folder":
         categories = CATEGORIES[settings.dataset]
+    every = [
+        dataclasses.replace(settings, category=category, seed=seed)
+        for seed in seeds
+        for category in categories
+    ]
     todo = []
-    for seed in seeds:
-        for category in categories:
-            run = dataclasses.replace(settings, category=category, seed=seed)
-            if runs.is_complete(run_folder(run), dataclasses.asdict(run), existing):
-                print(f"{run_folder(run)}: complete, nothing to do; --overwrite starts it again")
-            else:
+    for run in every:
+        folder = run_folder(run)
+        if not folder.is_dir():
+            todo.append(run)
+            continue
+        with runs.lock(folder) as ours:  # else another process trains it: its turn decides
+            if not ours or not is_complete(run, existing):
                 todo.append(run)
     if todo and settings.dataset in ("mvtec", "folder"):
         there = [
@@ -253,21 +260,48 @@ def runs_to_do(settings, seeds, existing):
     return todo
 
 
-def train_all(todo, teacher, device, resume):
-    """Each run in turn. One that fails says why, and does not stop the others."""
+def is_complete(settings, existing):
+    """Whether there is nothing to do, and says so."""
+    folder = run_folder(settings)
+    complete = runs.is_complete(folder, dataclasses.asdict(settings), existing)
+    if complete:
+        print(f"{folder}: complete, nothing to do; --overwrite starts it again")
+    return complete
+
+
+def train_all(todo, teacher, device, existing):
+    """Each run in turn. One that fails says why, and does not stop the others.
+
+    A run that another process trains is left to it. At the end it is looked at again: that process
+    may have been killed. -> the folders of those that are still left.
+    """
+    count = len(todo)
     failed = []
-    for i, settings in enumerate(todo):
-        try:
-            train(settings, teacher, device, resume, runs_after=len(todo) - 1 - i)
-        except (UserError, OSError) as error:
-            if len(todo) == 1:
-                raise
-            runs.complain(error)
-            failed.append(str(run_folder(settings)))
+    while True:
+        left = []
+        for i, settings in enumerate(todo):
+            folder = run_folder(settings)
+            try:
+                with runs.lock(folder) as ours:
+                    if not ours:
+                        left.append(settings)
+                    elif not is_complete(settings, existing):
+                        resume = existing == "resume"
+                        train(settings, teacher, device, resume, runs_after=len(todo) - 1 - i)
+            except (UserError, OSError) as error:
+                if count == 1:
+                    raise
+                runs.complain(error)
+                failed.append(str(folder))
+        if not left or len(left) == len(todo):
+            break
+        todo = left
+    left = [str(run_folder(settings)) for settings in left]
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(todo)} runs failed, for the reasons above: {', '.join(failed)}"
+            f"{len(failed)} of {count} runs failed, for the reasons above: {', '.join(failed)}"
         )
+    return left
 
 
 def set_up(settings):
@@ -288,7 +322,14 @@ def main(argv):
     device = set_up(settings)
     teacher = runs.load_teacher(ensure_weights(settings.weights))
     check_teacher(settings, teacher)
-    train_all(todo, teacher, device, resume=existing == "resume")
+    left = train_all(todo, teacher, device, existing)
+    if left and len(todo) == 1:
+        raise UserError(
+            f"{left[0]}: expected a run that no other process trains, got one that is being "
+            f"trained: wait for it, or choose another --out"
+        )
+    if left:
+        print(f"left to other processes, which train them: {', '.join(left)}")
 
 
 # ------------------------------------------------------------------------------ the teacher's cache
@@ -669,6 +710,20 @@ class Training:
             f"{self.steps_per_epoch} steps, on {self.made['device']}, teacher {teacher}, "
             f"its features ({megabytes}) kept: {self.cache.place}"
         )
+        for note in self.notes():
+            print(f"note: {note}", file=sys.stderr)
+
+    def notes(self):
+        """What about this run may not be meant, in sentences."""
+        settings = self.settings
+        if len(settings.layers) == 1 and "gram" not in (settings.without or ""):
+            yield "one layer has no pair, so L_Gram is 0"
+        if settings.warmup > self.steps:
+            warmup = f"the run's {self.steps} steps end within --warmup {settings.warmup}"
+            yield f"{warmup}: the learning rate does not reach its peak"
+        if 0 < len(self.held_out) < FEW:
+            few = f"{len(self.held_out)} images held out: delta is a guess"
+            yield f"{few}, which more normal images would make better"
 
     def continue_from_checkpoint(self):
         """Step, model, optimiser and log as they were; and what the first epoch had cached."""

@@ -124,14 +124,15 @@ def gram(phi1, phi2, reading="unit"):
 def gram_loss(t, s, reading="unit"):
     """Eq. 5: L_Gram = ||G_T - G_S||_2.
 
-    t, s -> scalar: the mean over the pairs c1 < c2 of layers (six pairs of four), then the batch.
+    t, s -> scalar: the mean over the pairs c1 < c2 of layers (six pairs of four), then the batch;
+    0 with one layer, which has no pair.
 
     Deviation: Eq. 4 allows every pair of the M layers; here only the tapped layers are paired. The
     norm of the matrix is the root mean square of its entries (mean square under `mse`), so that it
     does not grow with the number of tokens.
     """
     pairs = list(combinations(t, 2))
-    total = 0
+    total = next(iter(t.values())).new_zeros(())
     for c1, c2 in pairs:
         gram_t = gram(t[c1], t[c2], reading)
         gram_s = gram(s[c1], s[c2], reading)
@@ -140,7 +141,7 @@ def gram_loss(t, s, reading="unit"):
         if reading == "mse":
             norm = norm.square()
         total = total + norm.mean()
-    return total / len(pairs)
+    return total / max(len(pairs), 1)
 
 
 def total_loss(distill, anchor=0, gram=0, lam=LAM):

@@ -177,12 +177,17 @@ def run_variant(name, dataset, request):
     settings = replace(settings, out=str(Path(settings.out) / "ablations" / folder))
     device = train.set_up(settings)
     train.check_teacher(settings, teacher)
-    folders = []
+    folders, left = [], []
     for category in request.categories:
         settings = replace(settings, category=category)
         todo = train.runs_to_do(settings, request.seeds, "resume")
-        train.train_all(todo, teacher, device, resume=True)
+        left += train.train_all(todo, teacher, device, "resume")
         folders += [train.run_folder(replace(settings, seed=seed)) for seed in request.seeds]
+    if left:
+        raise UserError(
+            f"{name}: expected runs that no other process trains, got {', '.join(left)}: "
+            f"give the command again when they are complete"
+        )
     unscored = [
         (run, runs.read_config(run)) for run in folders if not (run / "result.json").is_file()
     ]

@@ -109,9 +109,10 @@ def run_script(*command, cwd=ROOT, env=None):
 
 
 def assert_one_sentence(result, *words):
-    """Bad input: exit code 2, one line on stderr that holds the words, no traceback."""
+    """Bad input: exit code 2, one line on stderr that holds the words (and notes), no traceback."""
     assert result.code == 2, result.out + result.err
-    assert len(result.err.strip().splitlines()) == 1, result.err
+    lines = [line for line in result.err.splitlines() if not line.startswith("note: ")]
+    assert len(lines) == 1, result.err
     assert "error: " in result.err and "Traceback" not in result.err
     for word in words:
         assert word in result.err, result.err

@@ -8,6 +8,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
+import runs
 from ablations import backbones, run
 from ablations.run import COLUMNS, FIGURES, PARTS_OF_5, VARIANTS, bars, table
 from conftest import (
@@ -211,8 +212,8 @@ def test_a_figure_from_training_to_the_chart(world, figure, options):
     assert result.code == 0, result.err
     variants = [name for name, _ in FIGURES[figure].variants]
     made = read(world / f"results/figure_{figure}.csv")
-    runs = [(row["variant"], row["seed"]) for row in made]
-    assert runs == [(name, seed) for name in variants for seed in "01"]
+    trained = [(row["variant"], row["seed"]) for row in made]
+    assert trained == [(name, seed) for name in variants for seed in "01"]
     for row in made:
         trains_anchor = row["variant"].endswith("L_anchor")
         assert row["value"] == row["auroc" if trains_anchor else "auroc_score_d"]
@@ -226,6 +227,25 @@ def test_a_figure_from_training_to_the_chart(world, figure, options):
     assert result.code == 0, result.err
     assert result.out.count("complete, nothing to do") == 2 * len(variants)
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_an_option_of_the_anchor_changes_no_score_that_is_compared(world):
+    """The variant says which, and not the letters of its options."""
+    command = ("--categories", "bottle", "--data-root", "data", "--weights", "teacher.safetensors")
+    options = ("--epochs", 1, "--results", "ema", "--anchor", "ema", "--out", "ema")
+    result = call(run.main, "--figure", 7, *command, *options, cwd=world)
+    assert result.code == 0, result.err
+    rows = read(world / "ema/figure_7.csv")
+    assert all(row["value"] == row["auroc"] for row in rows)
+    assert any(row["value"] != row["auroc_score_d"] for row in rows)
+
+
+def test_runs_that_another_process_trains_are_waited_for(world):
+    command = ("--categories", "bottle", "--data-root", "data", "--weights", "teacher.safetensors")
+    name = "position_embedding_learnt"
+    with runs.lock(world / f"left/ablations/{name}/mvtec/bottle/seed0"):
+        result = call(run.main, "--figure", 7, *command, "--out", "left", cwd=world)
+    assert_one_sentence(result, "no other process trains", name, "give the command again")
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,18 @@ def test_masks_are_found_by_name_and_checked(tmp_path):
         data.test_split("mvtec", tmp_path, "bottle")
 
 
+@pytest.mark.parametrize("line", [0, 37, 199])
+def test_no_thin_defect_is_lost_where_masks_are_shrunk(tmp_path, line):
+    """A line of one pixel, a third of a pixel of the small mask."""
+    folder = make_category(tmp_path / "bottle", good=1, bad=1, size=200)
+    (folder / "ground_truth/stain").mkdir(parents=True)
+    mask = np.zeros((200, 200), dtype=np.uint8)
+    mask[:, line] = 255
+    Image.fromarray(mask).save(folder / "ground_truth/stain/000_mask.png")
+    small = data.test_split("mvtec", tmp_path, "bottle", 64).masks[1]
+    assert small[:, line * 64 // 200].all() and small.sum() <= 2 * 64
+
+
 @pytest.mark.parametrize("content", [b"", b"no image", None])
 def test_a_broken_image_is_named_and_can_be_skipped_in_scoring(tmp_path, content):
     make_category(tmp_path / "bottle")

@@ -212,7 +212,7 @@ def test_pictures_that_do_not_decode(world, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--images", "nowhere.png"), ["nowhere.png: expected an image", "No such file"]),
+        (("--images", "nowhere.png"), ["nowhere.png: expected a picture", "no such file"]),
         (("--images", "own/train"), ["own/train: expected images", "got none"]),
         (("--json",), ["--json: expected --images"]),
         (("--exit-code",), ["--exit-code: expected --images"]),
@@ -221,7 +221,9 @@ def test_pictures_that_do_not_decode(world, tmp_path):
     ],
 )
 def test_bad_input_is_one_sentence(world, options, words):
-    assert_one_sentence(run_evaluate(world, *options), *words)
+    result = run_evaluate(world, *options)
+    assert_one_sentence(result, *words)
+    assert result.out == ""  # nothing has begun
 
 
 def test_several_runs_cannot_share_pictures(world, tmp_path):

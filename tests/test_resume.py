@@ -3,6 +3,7 @@
 In the end their weights are those of a run that nothing happened to.
 """
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -166,6 +167,18 @@ def test_the_handlers_of_signals_are_put_back(world, tmp_path):
     assert stopped[0] is signal.SIG_DFL and stopped[1] is not signal.SIG_DFL
 
 
+@pytest.mark.parametrize("moment", ["announce", "conclude", "build_model"])
+def test_ctrl_c_outside_the_steps_stops_all(world, tmp_path, monkeypatch, moment):
+    def interrupt(self, *_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Training, moment, interrupt)
+    result = run_train(world, tmp_path, "--seeds", "0,1")
+    assert result.code == 128 + signal.SIGINT and result.err.endswith("\nstopped\n")
+    assert not (tmp_path / "folder/own/seed1").exists()
+    assert signal.getsignal(signal.SIGINT) is uncaught
+
+
 def test_a_signal_that_comes_too_late_for_a_run_stops_the_next(world, tmp_path, monkeypatch):
     write_tensors = runs.write_tensors
 
@@ -301,3 +314,65 @@ def timeless_log(folder):
     """The lines of a log without their speed."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]
+
+
+# -------------------------------------------------------------------------------- several processes
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(world, tmp_path):
+    with runs.lock(tmp_path / RUN) as ours:
+        assert ours
+        for options in ((), ("--resume",), ("--overwrite",)):
+            result = run_train(world, tmp_path, *options)
+            assert_one_sentence(result, "expected a run that no other process trains", RUN)
+        (tmp_path / RUN / "checkpoint.safetensors").touch()  # it has got so far
+        assert_one_sentence(run_train(world, tmp_path), "no other process trains")
+        result = run_train(world, tmp_path, "--seeds", "0,1")
+        assert result.code == 0, result.err
+        assert result.out.count("done;") == 1
+        assert result.out.endswith(f"left to other processes, which train them: {tmp_path / RUN}\n")
+    assert not (tmp_path / RUN / ".lock").exists()
+    (tmp_path / RUN / "checkpoint.safetensors").unlink()
+    assert run_train(world, tmp_path).code == 0
+
+
+def test_a_run_that_fails_leaves_no_folder(world, tmp_path):
+    result = run_train(world, tmp_path / "runs", "--data-root", tmp_path)
+    assert_one_sentence(result, "expected train/good")
+    assert list(tmp_path.iterdir()) == []
+
+
+def train_into(file, command):
+    with open(file, "w", buffering=1) as out, contextlib.redirect_stdout(out):
+        train.main(command)
+
+
+def test_three_processes_share_six_runs(world, undisturbed, tmp_path):
+    """One of them is killed in the middle of a run, which another finishes."""
+    short = ("--epochs", 8)
+    options = (*short, "--seeds", "0,1,2,3,4,5", "--resume", "--checkpoint-every", 0)
+    command = [str(part) for part in arguments(world, tmp_path, *options)]
+    outputs = [tmp_path / f"{name}.txt" for name in "abc"]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    processes = []
+    for output in outputs:
+        output.touch()
+        processes.append(context.Process(target=train_into, args=(output, command)))
+        processes[-1].start()
+    first = processes[0]
+    while first.is_alive() and "epoch 2 " not in outputs[0].read_text():
+        time.sleep(0.002)
+    first.kill()
+    for process in processes:
+        process.join()
+    assert first.exitcode == -signal.SIGKILL
+    done = "".join(output.read_text() for output in outputs[1:])
+    folders = [tmp_path / "folder/own" / f"seed{seed}" for seed in range(6)]
+    for folder in folders:
+        assert done.count(f"{folder}: done;") == 1
+        names = {path.name for path in folder.iterdir()}
+        assert names == {"config.json", "log.jsonl", "model.safetensors"}
+        assert steps_logged(folder) == steps_logged(folders[0])
+    assert sum("continues after step" in output.read_text() for output in outputs) == 1
+    assert model_bytes(folders[0]) == model_bytes(undisturbed(*short))

@@ -113,6 +113,11 @@ def test_eq5_gram_loss(t, s, reading):
     assert vitad.gram_loss(t, s, reading).item() == close(np.mean(norms))
 
 
+def test_eq5_of_one_layer_is_zero(t, s):
+    """There is no pair of layers; and a loss with it has a gradient."""
+    assert vitad.gram_loss({3: t[3]}, {3: s[3]}).item() == 0
+
+
 def test_eq6_total_loss():
     assert vitad.total_loss(2.0, 0.25, 0.5, lam=3.0) == 2.0 + 3.0 * (0.25 + 0.5)
     assert vitad.total_loss(2.0, 0.25, 0.5) == 2.75  # the paper's lambda is 1
