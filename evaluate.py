@@ -166,7 +166,6 @@ def what_the_teacher_sees(run_and_config):
         category,
         config["teacher"]["sha256"],
         settings["layers"],
-        settings.get("precision", "fp32"),
     )
 
 
@@ -176,7 +175,7 @@ def evaluate(
     *,
     weights=None,
     data_root=None,
-    precision=None,
+    precision="fp32",
     batch_size=32,
     skip_bad=False,
     teacher=None,
@@ -185,12 +184,12 @@ def evaluate(
 
     A run that cannot be scored says why, and does not stop the others; a single one raises.
     teacher: one that is loaded already. The other options are those of the command line. On CUDA
-    TF32 is set as each run asks, for the whole process.
+    TF32 is set for the whole process.
     """
+    runs.set_tf32(precision)
     ordered = sorted(todo, key=what_the_teacher_sees)
     for _, group in itertools.groupby(ordered, key=what_the_teacher_sees):
         group = list(group)
-        runs.set_tf32(precision or group[0][1]["settings"].get("precision", "fp32"))
         jobs = []
         for run, config in group:
             settings = config["settings"]
@@ -485,7 +484,7 @@ def make_parser():
     add("--weights", help="the teacher's file (default as in training)")
     add("--skip-bad", action="store_true", help="leave out images that do not decode, and say so")
     add("--batch-size", type=int, default=32, help="images at a time (default 32)")
-    add("--precision", choices=["fp32", "tf32", "bf16"], help="default as in training")
+    add("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="default fp32")
     add("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
     return parser
 
@@ -515,7 +514,7 @@ def main(argv):
     weights = ensure_weights(args.weights) if args.weights else None
     if args.images:
         run = folders[0]
-        runs.set_tf32(args.precision or runs.read_config(run)["settings"].get("precision"))
+        runs.set_tf32(args.precision)
         model = runs.load(run, weights, device, precision=args.precision)
         anomalous = score_images(
             run,

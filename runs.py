@@ -412,7 +412,7 @@ def load_teacher(weights):
         raise UserError(str(error)) from None
 
 
-def build(teacher, settings, precision=None, without=()):
+def build(teacher, settings, precision="fp32", without=()):
     """The model that a run's settings (a dict) describe, with a student that has learnt nothing."""
     return Distillation(
         teacher,
@@ -422,16 +422,16 @@ def build(teacher, settings, precision=None, without=()):
         anchor=settings["anchor"],
         lam=settings["lam"],
         top_k=settings["top_k"],
-        precision=precision or settings.get("precision", "fp32"),
+        precision=precision,
         without=without,
     )
 
 
-def load(run, weights=None, device=None, precision=None, teacher=None):
+def load(run, weights=None, device=None, precision="fp32", teacher=None):
     """The trained model of a run folder, ready to score.
 
     weights: the teacher's file, if it is not where training found it.
-    device: None takes cuda where there is one. precision: None takes the run's.
+    device: None takes cuda where there is one. precision: of the scores, whatever training had.
     teacher: one that is loaded already, to be used if it is the run's.
     On CUDA call `set_tf32("fp32")` first for exact products, as evaluate.py does.
     """

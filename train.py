@@ -118,7 +118,9 @@ class Settings:
     )
     seed: int = option(0, "of the student's initialisation and the order of the images")
     device: str = option(None, "cpu, cuda, cuda:1, ...; default cuda where there is one")
-    precision: str = option("fp32", "of both networks in training", ["fp32", "tf32", "bf16"])
+    precision: str = option(
+        "fp32", "of both networks in training; scores are float32", ["fp32", "tf32", "bf16"]
+    )
     compile: bool = option(False, "torch.compile the student and the losses")
     checkpoint_every: float = option(60.0, "seconds between checkpoints for --resume")
     deterministic: bool = option(False, "the same bits every time on CUDA too")
@@ -305,11 +307,10 @@ def train_all(todo, teacher, device, existing):
 
 
 def set_up(settings):
-    """What holds for the whole process, on CUDA: determinism and TF32; -> the device."""
+    """What holds for the whole process: determinism; -> the device."""
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(settings.deterministic)
-    runs.set_tf32(settings.precision)
     return runs.pick_device(settings.device)
 
 
@@ -676,7 +677,8 @@ class Training:
         settings, teacher, device = self.settings, self.teacher, self.device
         torch.manual_seed(self.seed)
         without = settings.without.split(",") if settings.without else ()
-        model = runs.build(teacher, dataclasses.asdict(settings), without=without)
+        values = dataclasses.asdict(settings)
+        model = runs.build(teacher, values, settings.precision, without)
         self.model = model.to(device)
         self.cache = TeacherCache(
             self.model, len(self.images), device, folder=self.folder, place=settings.cache
@@ -814,7 +816,10 @@ class Training:
         """delta of Eq. 10, and whether the run was long enough. -> a line that says both."""
         on_held_out = len(self.held_out) > 0
         index = self.held_out if on_held_out else self.kept
-        parts = [self.model.scores(x, t) for x, t in self.batches(index, EVAL_BATCH)]
+        runs.set_tf32("fp32")  # whatever becomes a score is float32; the cache may hold bfloat16
+        self.model.precision = "fp32"
+        images = [self.images[part.to(self.images.device)] for part in index.split(EVAL_BATCH)]
+        parts = [self.model.scores(x) for x in images]
         scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         self.model.calibrate(scores)
         facts = {"step": self.step, "delta": self.model.delta.item(), "images": len(index)}
@@ -843,6 +848,7 @@ def train(settings, teacher, device, resume=False, runs_after=0):
 
     runs_after: how many more the command has, for the estimate of the time.
     """
+    runs.set_tf32(settings.precision)
     try:
         training = Training(settings, teacher, device, resume)
         training.open_folder()

@@ -191,7 +191,7 @@ def run_variant(name, dataset, request):
     unscored = [
         (run, runs.read_config(run)) for run in folders if not (run / "result.json").is_file()
     ]
-    for scored in evaluate(unscored, device, precision="fp32", teacher=teacher):
+    for scored in evaluate(unscored, device, teacher=teacher):
         with report_and_go_on(unscored):
             write_result(scored, device)
     if not all((run / "result.json").is_file() for run in folders):

@@ -108,8 +108,8 @@ def main(argv):
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="complete run folders")
     args = parser.parse_args(argv)
     columns, teacher = [], None
+    runs.set_tf32("fp32")
     for run in args.runs:
-        runs.set_tf32(runs.read_config(run)["settings"].get("precision"))
         model = runs.load(run, teacher=teacher)
         teacher = model.teacher
         columns.append(column(run, model))
