@@ -21,13 +21,15 @@ COLUMNS = {  # of a table: the key in result.json
     "S_D": "auroc_score_d",
     "S_A": "auroc_score_a",
     "teacher's term": "auroc_score_a_teacher",
+    "nearest patch": "auroc_nearest",
     "pixels": "pixel_auroc",
     "AU-PRO": "au_pro",
 }
 EXPLANATION = """\
 Image AUROC in %, last epoch; mean ± standard deviation over the seeds. S_D, S_A and the teacher's
-term of S_A, which needs no training: the AUROC of these alone. Made by `evaluate.py --report` from
-the result.json files beside this table. The runs were trained and scored by the commands below.
+term of S_A, which needs no training: the AUROC of these alone. Nearest patch: the same teacher
+without a student, by nearest.py, where that has run. Made by `evaluate.py --report` from the JSON
+files beside this table. The runs were trained and scored by the commands below.
 """
 
 
@@ -55,11 +57,14 @@ def row(cells):
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def table(results):
+def table(results, nearest=()):
     """Results of one data set and one teacher -> Markdown.
 
-    A row per category in the paper's order, their means, and how each run was made.
+    A row per category in the paper's order, their means, and how each run was made. nearest: the
+    results of nearest.py.
     """
+    auroc_nearest = {r["category"]: r["auroc"] for r in nearest}
+    results = [{**r, "auroc_nearest": auroc_nearest.get(r["category"])} for r in results]
     dataset = results[0]["dataset"]
     own = sorted({r["category"] for r in results} - set(CATEGORIES[dataset]))
     categories = [*CATEGORIES[dataset], *own]
@@ -159,6 +164,7 @@ def write(folder):
             f"{folder}: expected the results of one teacher, got {', '.join(teachers)}: "
             f"give each its own --report"
         )
+    nearest = [runs.read_json(path) for path in sorted(folder.glob("nearest/*.json"))]
     path = folder.with_suffix(".md")
-    runs.write_text(path, table(results))
+    runs.write_text(path, table(results, nearest))
     return path

@@ -4,12 +4,13 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import evaluate
 import train
 from conftest import ROOT, assert_one_sentence, call, make_category, run_script, save_vit, tiny_vit
 from data import CATEGORIES
-from results import anatomy
+from results import anatomy, nearest
 from results.report import cell, paper, table
 
 FOLDERS = sorted(path for path in (ROOT / "results").glob("*/*/") if list(path.glob("*.json")))
@@ -82,6 +83,47 @@ def test_the_table_means_over_seeds_then_over_categories():
     assert "pixels" in table([result_of("bottle", 0, 90.0, pixel_auroc=95.0, au_pro=80.0)])
 
 
+def test_the_table_has_the_nearest_patch_beside_the_student():
+    results = [result_of("bottle", 0, 90.0), result_of("pill", 0, 65.0)]
+    assert "| nearest patch |" not in table(results)
+    rows = rows_of(table(results, [{"category": "pill", "auroc": 93.21}]))
+    at = rows["category"].index("nearest patch")
+    assert rows["pill"][at] == "93.21" and rows["bottle"][at] == ""
+    assert "93.21" not in rows["mean of 2"]  # a mean of both is not known
+
+
+def test_nearest_patches_against_a_naive_loop():
+    vit = tiny_vit()
+    generator = torch.Generator().manual_seed(0)
+    shape = (5, 3, vit.image_size, vit.image_size)
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    normal, test = images[:3], images[3:]
+    layers = (1, 3)
+    memory = nearest.fill_memory(vit, normal, layers, most=10**6)
+    scores = nearest.score_images(vit, test, memory)
+    with torch.no_grad():
+        kept, seen = (vit(vit.prepare(x), layers) for x in (normal, test))
+    for c in layers:
+        tokens = [patch.double() for image in kept[c] for patch in image[1:]]
+        assert len(memory[c]) == len(tokens) == 3 * 49
+        for i, image in enumerate(seen[c]):
+            distances = []
+            for patch in image[1:].double():
+                cosines = [torch.dot(patch, x) / (patch.norm() * x.norm()) for x in tokens]
+                distances.append(1 - max(cosines).item())
+            assert scores[c][i].item() == pytest.approx(max(distances), rel=1e-4)  # 1 % of 49
+
+    some = nearest.fill_memory(vit, normal, layers, most=20)
+    again = nearest.fill_memory(vit, normal, layers, most=20)
+    for c in layers:
+        assert some[c].shape == (20, 32) and torch.equal(some[c], again[c])
+        assert (some[c] @ memory[c].T).amax(dim=1).min() > 0.9999  # each is one of them
+    patches = torch.nn.functional.normalize(torch.randn(196, 8, generator=generator), dim=1)
+    distances = 1 - (patches @ patches[:9].T).amax(dim=1)
+    top = distances.sort(descending=True).values[:2].mean().item()  # 1 % of 196
+    assert nearest.score(patches, patches[:9]) == pytest.approx(top)
+
+
 def test_cell():
     assert cell([]) == "" and cell([None]) == "" and cell([99.756]) == "99.76"
     assert cell([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
@@ -89,8 +131,12 @@ def test_cell():
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_the_tables_follow_from_the_results_beside_them(folder):
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    assert folder.with_suffix(".md").read_text() == table(results)
+    results, others = (
+        [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
+        for pattern in ("*.json", "nearest/*.json")
+    )
+    assert folder.with_suffix(".md").read_text() == table(results, others)
+    assert {r["teacher_sha256"] for r in others} <= {r["teacher_sha256"] for r in results}
 
 
 def test_the_papers_numbers_are_there_for_every_category():

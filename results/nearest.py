@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""What the teacher can do without a student: distances to the nearest normal patches.
+
+    python results/nearest.py --dataset mvtec --category bottle --data-root data/mvtec --weights W
+
+A memory holds the teacher's patch tokens of the normal training images, at most M a layer. An image
+scores the mean of its patches' largest 1 % of distances (1 - cosine) to the nearest token in it,
+summed over the layers. PatchCore and AnomalyDINO refine the same idea. Nothing is trained. It
+prints image AUROC, of each layer alone too, and writes it to <out>/<dataset>/nearest/.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    import _root  # noqa: F401 (the top of the project goes onto the path)
+
+import torch
+import torch.nn.functional as F
+
+import runs
+from data import find_category, slug, test_split, train_split
+from evaluate import auroc
+from results import report
+from train import PER_DATASET, TEACHER
+from vitad import LAYERS
+from weights.download import ensure_weights
+
+
+@torch.no_grad()
+def patch_tokens(teacher, images, layers, batch_size=32):
+    """uint8 images -> batches {c: their patch tokens, of length 1, (B, P, D)}."""
+    for batch in images.split(batch_size):
+        features = teacher(teacher.prepare(batch.to(teacher.mean.device)), layers)
+        yield {c: F.normalize(x[:, 1:], dim=-1) for c, x in features.items()}
+
+
+def fill_memory(teacher, images, layers, most, seed=0):
+    """-> {c: (M, D)}: a random sample of `most` patches of all images, or every patch."""
+    patches = teacher.config["grid"] ** 2
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.zeros(len(images) * patches, dtype=torch.bool)
+    chosen[torch.randperm(len(chosen), generator=generator)[:most]] = True
+    memory = {c: [] for c in layers}
+    first = 0
+    for tokens in patch_tokens(teacher, images, layers):
+        for c, x in tokens.items():
+            x = x.flatten(0, 1)
+            memory[c].append(x[chosen[first : first + len(x)].to(x.device)])
+        first += len(x)
+    return {c: torch.cat(parts) for c, parts in memory.items()}
+
+
+def score(tokens, memory):
+    """Patches of one image (P, D) and the memory (M, D), of length 1 -> a number."""
+    nearest = 1 - (tokens @ memory.T).amax(dim=1)
+    return float(nearest.topk(math.ceil(len(tokens) / 100)).values.mean())
+
+
+def score_images(teacher, images, memory):
+    """-> {c: scores (n,)}"""
+    scores = {c: [] for c in memory}
+    for tokens in patch_tokens(teacher, images, tuple(memory)):
+        for c, x in tokens.items():
+            scores[c] += [score(patches, memory[c]) for patches in x]
+    return {c: torch.tensor(values) for c, values in scores.items()}
+
+
+def parse(argv):
+    parser = runs.Parser(__doc__)
+    add = parser.add_argument
+    add("--dataset", required=True, choices=[d for d in PER_DATASET if d != "folder"])
+    add("--category", default="0", help="normal class: name, or place in the paper's table from 0")
+    add("--data-root", help="folder of the data set (default as in train.py)")
+    add("--weights", default=TEACHER, help=f"teacher: a file or a name (default {TEACHER})")
+    add("--memory", type=int, default=20000, metavar="M", help="patches a layer (default 20000)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
+    add("--out", type=Path, help="folder for the result (default results/<teacher>)")
+    args = parser.parse_args(argv)
+    if args.memory < 1:
+        raise runs.UserError(f"--memory: expected at least 1, got {args.memory}")
+    return args
+
+
+@runs.script
+def main(argv):
+    args = parse(argv)
+    category = find_category(args.dataset, args.category)
+    root = args.data_root or PER_DATASET[args.dataset].get("data_root")
+    device = runs.pick_device(args.device)
+    runs.set_tf32("fp32")
+    teacher = runs.load_teacher(ensure_weights(args.weights)).to(device)
+    normal = train_split(args.dataset, root, category, teacher.image_size).images
+    memory = fill_memory(teacher, normal, LAYERS, args.memory)
+    test = test_split(args.dataset, root, category, teacher.image_size)
+    scores = score_images(teacher, test.images, memory)
+    name = teacher.metadata.get("name", Path(args.weights).stem)
+    result = {
+        "dataset": args.dataset,
+        "category": category,
+        "auroc": auroc(sum(scores.values()), test.labels),
+        "auroc_of_layer": {str(c): auroc(values, test.labels) for c, values in scores.items()},
+        "memory": len(memory[LAYERS[0]]),
+        "teacher": name,
+        "teacher_sha256": teacher.sha256,
+        **runs.provenance(device),
+    }
+    folder = (args.out or Path(__file__).parent / name) / args.dataset
+    path = folder / f"nearest/{slug(category)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_text(path, json.dumps(result, indent=2) + "\n")
+    print(f"{category}: {result['auroc']:.2f}, by layer {result['auroc_of_layer']}; {path}")
+    if list(folder.glob("*.json")):
+        print(f"table: {report.write(folder)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
