@@ -219,7 +219,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
 
 @pytest.mark.parametrize(
     "optimizer, width, lr",
-    [("adamw", 192, 1e-3), ("adamw", 768, 2.5e-4), ("muon", 192, 8e-3), ("muon", 768, 8e-3)],
+    [("adamw", 192, 1e-3), ("adamw", 768, 2.5e-4), ("muon", 192, 8e-3), ("muon", 768, 4e-3)],
 )
 def test_the_default_peak_learning_rate(optimizer, width, lr):
     assert train.peak_learning_rate(train.Settings(optimizer=optimizer), width) == lr

@@ -6,7 +6,7 @@ Anomalous ones lack a bolt, are scratched, or stained.
 import numpy as np
 
 SIZE = 224  # pixels a side
-KINDS = {"train": {"good": 56}, "test": {"good": 16, "missing": 8, "scratch": 8, "stain": 8}}
+KINDS = {"train": {"good": 80}, "test": {"good": 16, "missing": 8, "scratch": 8, "stain": 8}}
 
 
 def draw_washers(train):
