@@ -177,7 +177,7 @@ def test_batches_of_a_run(images):
 def test_a_step_of_the_optimisers(optimizer):
     model = on_cuda()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    settings = train.Settings(optimizer=optimizer, momentum=0.9)
+    settings = train.Settings(optimizer=optimizer, weight_decay=0.1)
     for p in parameters:
         p.grad = torch.zeros_like(p)
     for each in train.make_optimizers(settings, parameters, 1e-3, "cuda"):

@@ -239,7 +239,7 @@ def test_resume_refuses_another_teacher(world, tmp_path):
 
 
 def test_epochs_follow_from_the_steps_and_the_images(world, tmp_path):
-    """Without --epochs: 14, or what 200 steps take. Stopped, since only their number matters."""
+    """Without --epochs: 14, or what 400 steps take. Stopped, since only their number matters."""
     command = arguments(world, tmp_path)
     at = command.index("--epochs")
     with pytest.MonkeyPatch.context() as patch:
@@ -247,9 +247,9 @@ def test_epochs_follow_from_the_steps_and_the_images(world, tmp_path):
         result = call(train.main, *command[:at], *command[at + 2 :])
     assert result.code == 128 + signal.SIGTERM
     # Two images of eleven are held out.
-    assert "9 normal images, 67 epochs of 3 steps" in result.out
+    assert "9 normal images, 134 epochs of 3 steps" in result.out
     config = json.loads((tmp_path / RUN / "config.json").read_text())
-    assert config["epochs"] == 67 and config["settings"]["epochs"] is None
+    assert config["epochs"] == 134 and config["settings"]["epochs"] is None
 
 
 def test_out_of_memory_is_one_sentence_and_loses_nothing(world, undisturbed, tmp_path):

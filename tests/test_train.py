@@ -205,7 +205,7 @@ def test_orthogonalise_keeps_the_directions_and_levels_the_sizes():
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = distillation()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    settings = train.Settings(optimizer="muon")
+    settings = train.Settings(optimizer="muon", weight_decay=0.1)
     muon, adamw = train.make_optimizers(settings, parameters, 0.01, "cpu")
     names = {id(p): name for name, p in model.student.named_parameters()}
     taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
