@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import runs
 from data import test_split
-from evaluate import auroc
+from evaluate import auroc, find_runs
 from vitad import diff, score_a, score_d
 
 SCORE = "S_D + S_A (Eq. 10)"
@@ -108,7 +108,7 @@ def main(argv):
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="complete run folders")
     args = parser.parse_args(argv)
     columns, teacher = [], None
-    for run in args.runs:
+    for run in find_runs(args.runs, out=None):
         runs.set_tf32(runs.read_config(run)["settings"].get("precision"))
         model = runs.load(run, teacher=teacher)
         teacher = model.teacher
