@@ -528,7 +528,7 @@ TEACHERS = [
     ),
     ("demo teacher", None, "--out data", "data: expected a file's name, got a folder"),
     ("demo teacher", None, "--out ''", ".: expected a file's name, got a folder"),
-    ("demo teacher", None, "--out /proc/a", "/proc/a: No such file or directory"),
+    ("demo teacher", None, "--out /proc/a", "/proc/a: "),
 ]
 
 RUNS = [
@@ -755,7 +755,7 @@ RUNS = [
 RESULTS = [
     ("evaluate", None, f"--heatmaps {TEACHER}", f"{TEACHER}: File exists"),
     ("evaluate", None, f"--heatmaps {TEACHER}/maps", f"{TEACHER}/maps: Not a directory"),
-    ("evaluate", None, "--heatmaps /proc/maps", "/proc/maps: No such file or directory"),
+    ("evaluate", None, "--heatmaps /proc/maps", "/proc/maps: "),
     ("evaluate", link("loop", "loop"), "--heatmaps loop", "loop: "),
     ("evaluate", folder(f"{RUN}/scores.csv"), "", f"{RUN}/scores.csv: expected a file's name"),
     ("evaluate", None, f"--report {TEACHER}", f"{TEACHER}: File exists"),
@@ -793,7 +793,7 @@ RESULTS = [
         )
     ),
     ("figure", None, f"--results {TEACHER}", f"{TEACHER}: File exists"),
-    ("figure", None, "--results /proc/results", "/proc/results: No such file or directory"),
+    ("figure", None, "--results /proc/results", "/proc/results: "),
     ("figure", None, "--out /dev/null/runs", "/dev/null/runs"),
     ("figure", table_of("3b", "a,b\n1,2\n"), "--figure 5", "figure_3b.csv: expected the columns"),
     ("figure", table_of("3b", b"\xff\0"), "--figure 5", "figure_3b.csv: expected the columns"),
