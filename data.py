@@ -19,6 +19,8 @@ import io
 import math
 import os
 import sys
+import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +113,7 @@ SMALL = {
     "cifar100": OfficialFiles(500, 100, "CIFAR100"),
     "fashion_mnist": OfficialFiles(6000, 1000, "FashionMNIST"),
 }
+OPENING = threading.Lock()
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 
@@ -179,6 +182,8 @@ def train_files(dataset, root, category):
 
 def test_split(dataset, root, category, size=224, skip_bad=False):
     """The labelled test images of a run. skip_bad leaves out files that do not decode."""
+    if dataset not in CATEGORIES:
+        raise UserError(f"dataset: expected one of {', '.join(CATEGORIES)}, got {dataset!r}")
     if dataset == "demo":
         return demo_split(train=False)
     if dataset in SMALL:
@@ -340,8 +345,11 @@ def read_masks(folder, paths, size):
                 f"{file}: expected the mask of {path.parent.name}/{path.name}, {expected}, "
                 f"got {got or 'none that opens'}: replace it, or remove ground_truth"
             )
-        with Image.open(file) as image:
-            defective = torch.from_numpy(np.array(image.convert("L")) > 0)
+        try:
+            with open_image(file) as image:
+                defective = torch.from_numpy(np.array(image.convert("L")) > 0)
+        except Exception as error:  # as in `read_image`
+            raise undecodable(file, error, "replace it, or remove ground_truth") from None
         # A small pixel is defective where any of its large ones is, so that no thin defect is lost.
         mask[:] = F.adaptive_max_pool2d(defective[None].float(), size)[0]
     return torch.from_numpy(masks)
@@ -350,13 +358,29 @@ def read_masks(folder, paths, size):
 def image_size(path):
     """(width, height) from an image file's header; None if it does not open."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.size
-    except OSError:
+    except Exception:  # as in `read_image`
         return None
 
 
 # ----------------------------------------------------------------------------------------- decoding
+
+
+def open_image(path):
+    """Image.open, without its warning of an image above 89 megapixels. 179 are an error."""
+    if not path.is_file():
+        raise FileNotFoundError("no such file")  # a pipe would be waited for
+    with OPENING, warnings.catch_warnings():  # which all threads share
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path)
+
+
+def undecodable(path, error, advice):
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(
+        f"{path}: expected an image, got a file that does not decode ({reason}): {advice}"
+    )
 
 
 def read_image(path, size):
@@ -366,7 +390,7 @@ def read_image(path, size):
     palette images become RGB.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16-bit grey, which Pillow's conversion would clip
                 upper = np.clip(np.asarray(image), 0, 65535) // 256
@@ -379,11 +403,8 @@ def read_image(path, size):
                 image = image.resize((size, size), Image.Resampling.BICUBIC)
             return np.asarray(image)
     except Exception as error:  # a decoder on foreign bytes fails in every way there is
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{path}: expected an image, got a file that does not decode ({reason}): "
-            f"replace or remove it (evaluate.py --skip-bad leaves it out)"
-        ) from None
+        advice = "replace or remove it (evaluate.py --skip-bad leaves it out)"
+        raise undecodable(path, error, advice) from None
 
 
 def why_unreadable(path):
@@ -437,7 +458,10 @@ def cache_file(folder, paths, shape):
     """Its name is a digest of the images' names, sizes and times of change."""
     stats = []
     for path in paths:
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except OSError as error:  # a link to nowhere
+            raise undecodable(path, error.strerror, "replace or remove it") from None
         stats.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
     digest = hashlib.sha256(repr((shape, stats)).encode()).hexdigest()[:24]
     caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

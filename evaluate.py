@@ -453,6 +453,7 @@ def print_results(results):
 def make_parser():
     parser = runs.Parser(__doc__)
     add = parser.add_argument
+    precisions = runs.CHOICES["precision"]
     add("runs", nargs="*", metavar="RUN", help="run folders (default every complete one of --out)")
     add("--out", default="runs", help="where to look for runs (default runs)")
     add("--images", nargs="+", type=Path, metavar="PATH", help="pictures, or folders of them")
@@ -484,7 +485,7 @@ def make_parser():
     add("--weights", help="the teacher's file (default as in training)")
     add("--skip-bad", action="store_true", help="leave out images that do not decode, and say so")
     add("--batch-size", type=int, default=32, help="images at a time (default 32)")
-    add("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="default fp32")
+    add("--precision", choices=precisions, default="fp32", help="default fp32")
     add("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
     return parser
 
@@ -492,9 +493,7 @@ def make_parser():
 def parse(argv):
     args = make_parser().parse_args(argv)
     for name, least in (("batch_size", 1), ("show_failures", 0)):
-        value = getattr(args, name)
-        if value < least:
-            raise UserError(f"{runs.flag(name)}: expected at least {least}, got {value}")
+        runs.check_whole(name, getattr(args, name), least)
     for name in ("json", "exit_code"):
         if getattr(args, name) and not args.images:
             raise UserError(f"{runs.flag(name)}: expected --images with it, got none")
@@ -511,21 +510,34 @@ def main(argv):
                 f"{option}: expected one run, got {len(folders)}: name one, like {folders[0]}"
             )
     device = runs.pick_device(args.device)
-    weights = ensure_weights(args.weights) if args.weights else None
-    if args.images:
-        run = folders[0]
-        runs.set_tf32(args.precision)
-        model = runs.load(run, weights, device, precision=args.precision)
-        anomalous = score_images(
-            run,
-            model,
-            args.images,
-            batch_size=args.batch_size,
-            skip_bad=args.skip_bad,
-            as_json=args.json,
-            heatmaps=args.heatmaps,
-        )
-        return int(anomalous and args.exit_code)
+    weights = None if args.weights is None else ensure_weights(args.weights)
+    with contextlib.ExitStack() as stack:
+        for folder in (args.heatmaps, args.report):
+            if folder:  # one that cannot be is found out before the scoring
+                stack.enter_context(runs.new_folder(folder))
+        if args.images:
+            return score_other_images(args, folders[0], device, weights)
+        score_runs(args, folders, device, weights)
+
+
+def score_other_images(args, run, device, weights):
+    """--images, from the command line; -> the exit code."""
+    runs.set_tf32(args.precision)
+    model = runs.load(run, weights, device, precision=args.precision)
+    anomalous = score_images(
+        run,
+        model,
+        args.images,
+        batch_size=args.batch_size,
+        skip_bad=args.skip_bad,
+        as_json=args.json,
+        heatmaps=args.heatmaps,
+    )
+    return int(anomalous and args.exit_code)
+
+
+def score_runs(args, folders, device, weights):
+    """The test splits of runs, from the command line."""
     todo = [(run, runs.read_config(run)) for run in folders]
     if args.report:  # runs that have a result are not scored again
         todo = [(run, config) for run, config in todo if not (run / "result.json").is_file()]

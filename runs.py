@@ -10,10 +10,12 @@ and precision.
 
 import argparse
 import contextlib
+import csv
 import datetime
 import functools
 import importlib.metadata
 import json
+import operator
 import os
 import platform
 import shlex
@@ -28,15 +30,42 @@ except ImportError:  # Windows: runs are not locked there
     fcntl = None
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from vit import load_vit
+from vit import load_vit, not_finite
 from vitad import Distillation
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 # Settings in which the parts of one run may differ: they change roundings at most.
 FREE_SETTINGS = ("out", "device", "compile", "cache", "deterministic", "checkpoint_every")
+MOST = 10**9  # of any whole number on a command line: more would overflow, or take for ever
+CHOICES = {
+    "distance": ["unit", "l2", "mse"],
+    "anchor": ["mean", "ema"],
+    "pos_embed": ["copy", "learn"],
+    "precision": ["fp32", "tf32", "bf16"],
+}
+# What of a config.json is read again, as `check_values` has it.
+CONFIG = {
+    "settings": dict,
+    "teacher": dict,
+    "commit": str | None,
+    "device": str,
+    "command": str,
+    "date": str,
+}
+SETTINGS = {
+    "dataset": str,
+    "category": str,
+    "data_root": str | None,
+    "weights": str,
+    "seed": int,
+    "layers": list,
+    "lam": int | float,
+    "top_k": int,
+    **{name: CHOICES[name] for name in ("distance", "anchor", "pos_embed")},
+}
 
 
 # ----------------------------------------------------------------------------- scripts and errors
@@ -104,12 +133,22 @@ def flag(name):
 
 def whole_numbers(text):
     """An argument's type, "3,6,9,11" -> (3, 6, 9, 11): blocks, or seeds."""
-    numbers = [int(part) if part.isdecimal() else -1 for part in text.split(",")]
+    digits = len(str(MOST))
+    parts = text.split(",")
+    numbers = [int(x) if x.isdecimal() and len(x) < digits else -1 for x in parts]
     if numbers != sorted(set(numbers)) or numbers[0] < 0:
         raise argparse.ArgumentTypeError(
             f"expected ascending numbers from 0, like 3,6,9,11, got {text!r}"
         )
     return tuple(numbers)
+
+
+def check_whole(name, value, least):
+    """Refuse a setting that is no number of epochs, images, ..."""
+    if value < least:
+        raise UserError(f"{flag(name)}: expected at least {least}, got {value}")
+    if value > MOST:
+        raise UserError(f"{flag(name)}: expected at most {MOST}, got {value}")
 
 
 # ------------------------------------------------------------------------------ device, precision
@@ -120,7 +159,7 @@ def pick_device(name=None):
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.ones(1, device=name).item()  # which a device without values, "meta", refuses
     except (RuntimeError, AssertionError) as error:  # an unknown name, or not on this machine
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -146,6 +185,8 @@ def set_tf32(precision):
 def atomic(path):
     """Yields a temporary name beside `path`, renamed to `path` when the block has succeeded."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: expected a file's name, got a folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
@@ -153,6 +194,8 @@ def atomic(path):
         yield temporary
         temporary.chmod(mode)
         os.replace(temporary, path)
+    except SafetensorError as error:  # its word for a full disk
+        raise UserError(f"{path}: expected room for the tensors, got {error}") from None
     except OSError as error:
         error.filename = str(path)  # a write that fails does not know its file
         raise
@@ -169,27 +212,78 @@ def write_text(path, text):
 def write_tensors(path, tensors, metadata=None):
     """A safetensors file, whole or not at all. metadata: {text: text}."""
     with atomic(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:  # its word for a full disk
-            raise UserError(f"{path}: expected room for the tensors, got {error}") from None
+        save_file(tensors, temporary, metadata=metadata)
 
 
-def read_json(path):
-    """A JSON object from a file that this repository wrote."""
+def read_text(path):
+    """A file's text. An error of reading does not know its file."""
     try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
+        return path.read_text()
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def read_json(path, expected):
+    """A JSON object from a file that this repository wrote. expected: see `check_values`."""
+    try:
+        values = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: expected a JSON object, got a file that does not read as one ({error}): "
             f"make it again"
         ) from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, got another value: make it again")
+    check_values(path, values, expected)
     return values
 
 
+def check_values(path, values, expected):
+    """Refuse a JSON object without these values. expected: {name: type, or list of choices}."""
+    for name, kind in expected.items():
+        value = values.get(name)
+        words = f"as one of {', '.join(kind)}" if isinstance(kind, list) else f"as {words_of(kind)}"
+        holds = value in kind if isinstance(kind, list) else isinstance(value, kind)
+        if name not in values or not holds:
+            got = repr(value) if name in values else "none"
+            raise UserError(f"{path}: expected {name} {words}, got {got}: make it again")
+
+
+def read_csv(path, columns):
+    """The rows of a table with these columns, as dicts of texts."""
+    try:
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+            whole = all(None not in (*row, *row.values()) for row in rows)
+            if whole and reader.fieldnames == list(columns):
+                return rows
+            got = "a row cut short" if reader.fieldnames == list(columns) else "others"
+    except (ValueError, csv.Error) as error:
+        got = error
+    raise UserError(f"{path}: expected the columns {', '.join(columns)}, got {got}: make it again")
+
+
+def words_of(kind):
+    """A type as a word: str -> "str", str | None -> "str | None"."""
+    return getattr(kind, "__name__", str(kind))
+
+
 # ----------------------------------------------------------------------------------- a run's folder
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Makes a folder, and those above it. What is new and still empty in the end goes again."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for path in new:
+            with contextlib.suppress(OSError):  # something came of it
+                path.rmdir()
 
 
 @contextlib.contextmanager
@@ -199,22 +293,18 @@ def lock(run):
     The kernel frees the lock however a process ends. On NFS it holds between machines too, but for
     mounts with the option `nolock`.
     """
-    new = [folder for folder in (run, *run.parents) if not folder.exists()]
-    run.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield True
-        return
-    path = run / ".lock"
-    with open(path, "a") as file:
-        ours = flock(file)
-        try:
-            yield ours
-        finally:
-            if ours:
-                path.unlink(missing_ok=True)
-                for folder in new:
-                    with contextlib.suppress(OSError):  # empty only if nothing came of the run
-                        folder.rmdir()
+    with new_folder(run):
+        if fcntl is None:
+            yield True
+            return
+        path = run / ".lock"
+        with open(path, "a") as file:
+            ours = flock(file)
+            try:
+                yield ours
+            finally:
+                if ours:
+                    path.unlink(missing_ok=True)
 
 
 def flock(file):
@@ -237,13 +327,7 @@ def is_complete(run, settings, existing):
     begun = (run / "checkpoint.safetensors").is_file()
     if existing == "overwrite" or not (complete or begun):
         return False
-    before = read_config(run)["settings"]
-    now = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-    different = [
-        f"{name} {before[name]} -> {value}"
-        for name, value in now.items()
-        if name not in FREE_SETTINGS and before.get(name, value) != value
-    ]
+    different = differences(read_config(run)["settings"], settings)
     if different:
         raise UserError(
             f"{run}: expected the settings of the run that is there, got {', '.join(different)}: "
@@ -257,32 +341,53 @@ def is_complete(run, settings, existing):
     return complete
 
 
+def differences(before, settings):
+    """In which settings (a dict) a run differs from those that a file holds, as texts."""
+    now = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+    return [
+        f"{name} {before[name]} -> {value}"
+        for name, value in now.items()
+        if name not in FREE_SETTINGS and before.get(name, value) != value
+    ]
+
+
 def begin_run(run, config):
-    """A new run folder with its config.json, without model, log and results of an older run."""
-    run.mkdir(parents=True, exist_ok=True)
+    """A new run folder with its config.json, without model, log and results of an older run.
+
+    These go when there was room for the config.json.
+    """
     remove_half_written(run)
-    for name in (
-        "model.safetensors",
-        "checkpoint.safetensors",
-        "log.jsonl",
-        "scores.csv",
-        "result.json",
-    ):
-        (run / name).unlink(missing_ok=True)
-    write_config(run, config)
+    with atomic(run / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
+        for name in (
+            "model.safetensors",
+            "checkpoint.safetensors",
+            "log.jsonl",
+            "scores.csv",
+            "result.json",
+        ):
+            (run / name).unlink(missing_ok=True)
 
 
-def resume_run(run, teacher_sha256, made):
-    """Go on in a run folder; its config.json gets `made`, the provenance of what follows."""
-    remove_half_written(run)
+def config_to_resume(run, teacher_sha256):
+    """The config.json of a run that can go on with this teacher."""
     config = read_config(run)
     if config["teacher"]["sha256"] != teacher_sha256:
         raise UserError(
             f"{run}: expected the teacher that the run was begun with, got another: "
             f"--overwrite starts again"
         )
-    config["resumed"] = [*config.get("resumed", []), made]
-    write_config(run, config)
+    config.setdefault("resumed", [])
+    check_values(run / "config.json", config, {"resumed": list})
+    return config
+
+
+def resume_run(run, config, made, log):
+    """Go on in a run folder: `made`, the provenance of what follows, and the lines so far."""
+    remove_half_written(run)
+    config["resumed"].append(made)
+    write_text(run / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(run / "log.jsonl", "".join(log))
 
 
 def remove_half_written(run):
@@ -291,29 +396,28 @@ def remove_half_written(run):
         path.unlink()
 
 
-def write_config(run, config):
-    write_text(run / "config.json", json.dumps(config, indent=2) + "\n")
-
-
 def read_config(run):
     """The config.json of a run folder: settings, teacher, provenance."""
     path = Path(run) / "config.json"
-    config = read_json(path)
-    parts = (config.get("settings"), config.get("teacher"))
-    if not all(isinstance(part, dict) for part in parts) or "sha256" not in config["teacher"]:
-        raise UserError(
-            f"{path}: expected the settings that train.py wrote, "
-            f"got a file that does not hold them: train the run again"
-        )
+    config = read_json(path, CONFIG)
+    settings = config["settings"]
+    check_values(path, config["teacher"], {"sha256": str})
+    check_values(path, settings, SETTINGS)
+    if "precision" in settings:
+        check_values(path, settings, {"precision": CHOICES["precision"]})
+    layers = settings["layers"]
+    whole = all(isinstance(c, int) and c >= 0 for c in layers)
+    if not layers or not whole or layers != sorted(set(layers)):
+        raise UserError(f"{path}: expected layers as ascending numbers from 0, got {layers}")
     return config
 
 
 def read_log(path):
     """The lines of a log.jsonl as [(step, text)], without a last one that a kill has cut short."""
     try:
-        lines = path.read_text().splitlines(keepends=True)
-        return [(json.loads(line)["step"], line) for line in lines if line.endswith("\n")]
-    except (ValueError, KeyError, TypeError) as error:
+        lines = [line for line in read_text(path).splitlines(keepends=True) if line.endswith("\n")]
+        return [(operator.index(json.loads(line)["step"]), line) for line in lines]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: expected the log of a run, got a line without a step ({error}): "
             f"--overwrite starts the run again"
@@ -347,11 +451,12 @@ def provenance(device):
 # --------------------------------------------------------------------------------------- checkpoint
 
 
-def save_checkpoint(path, model, optimizers, step):
+def save_checkpoint(path, model, optimizers, step, *, settings):
     """All that the rest of a run depends on: what is learnt, optimisers, step and random state.
 
     The parameters are numbered through all optimisers: optimizer.<number>.<name of the state>. The
-    order of the images is not in it: that depends on seed and epoch alone.
+    order of the images is not in it: that depends on seed and epoch alone. The settings (a dict)
+    say whose it is.
     """
     tensors = {**model.learned_state(), "random": torch.get_rng_state(), "step": torch.tensor(step)}
     first = 0
@@ -361,12 +466,17 @@ def save_checkpoint(path, model, optimizers, step):
                 if value is not None:
                     tensors[f"optimizer.{first + i}.{name}"] = value
         first += count_parameters(optimizer)
-    write_tensors(path, tensors)
+    write_tensors(path, tensors, metadata={"settings": json.dumps(settings)})
 
 
-def load_checkpoint(path, model, optimizers):
+def load_checkpoint(path, model, optimizers, *, settings):
     """The inverse of `save_checkpoint`; -> step."""
     try:
+        with safe_open(path, framework="pt") as file:
+            before = json.loads((file.metadata() or {}).get("settings", "{}"))
+        different = differences(before, settings)
+        if different:
+            raise ValueError(f"it is another run's, {', '.join(different)}")
         tensors = load_file(path)
         step = int(tensors.pop("step"))
         torch.set_rng_state(tensors.pop("random"))
@@ -381,7 +491,7 @@ def load_checkpoint(path, model, optimizers):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
             first = numbers.stop
         model.load_learned_state(tensors)
-    except (SafetensorError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: expected a checkpoint of this run, got a file that does not fit "
             f"({str(error).splitlines()[0]}): --overwrite starts again"
@@ -410,6 +520,18 @@ def load_teacher(weights):
         return load_vit(weights_path(weights))
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def check_teacher(settings, teacher, where=flag):
+    """Refuse blocks or patches that the teacher does not have. where: of a setting's name."""
+    limits = (
+        ("layers", settings["layers"][-1], 0, len(teacher.blocks) - 1),
+        ("top_k", settings["top_k"], 1, teacher.config["grid"] ** 2),
+    )
+    for name, value, least, most in limits:
+        if not least <= value <= most:
+            expected = f"expected {least} to {most} with this teacher"
+            raise UserError(f"{where(name)}: {expected}, got {value}")
 
 
 def build(teacher, settings, precision="fp32", without=()):
@@ -446,13 +568,19 @@ def load(run, weights=None, device=None, precision="fp32", teacher=None):
             f"sha256 {expected[:12]}..., got {teacher.sha256[:12]}...: "
             f"name the right file with --weights"
         )
+    path = Path(run) / "config.json"
+    check_teacher(config["settings"], teacher, lambda name: f"{path}: {name}")
     model = build(teacher, config["settings"], precision)
     path = Path(run) / "model.safetensors"
     try:
-        model.load_learned_state(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
+        tensors = load_file(path)
+        model.load_learned_state(tensors)
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(
             f"{path}: expected the student, anchor and delta of this run, got a file that does not "
             f"fit ({str(error).splitlines()[0]}): train the run again"
         ) from None
+    broken = not_finite(tensors)
+    if broken:
+        raise UserError(f"{path}: expected finite weights, got {broken}: train the run again")
     return model.to(pick_device(device))

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 
 import runs
 from data import CATEGORIES, find_category, slug, train_files, train_split
-from runs import UserError
+from runs import CHOICES, UserError
 from vitad import LAM, LAYERS, TOP_K
 from weights.download import ensure_weights
 
@@ -112,10 +112,10 @@ class Settings:
     lam: float = option(LAM, "lambda of Eq. 6")
     top_k: int = option(TOP_K, "k of Eq. 9, in patches")
     layers: tuple = option(LAYERS, "tapped blocks, counted from 0; the last is the anchor's")
-    distance: str = option("unit", "the norm of Eqs. 2, 3, 7, 8", ["unit", "l2", "mse"])
-    anchor: str = option("mean", "average of Eq. 1: of the first epoch, or EMA", ["mean", "ema"])
+    distance: str = option("unit", "the norm of Eqs. 2, 3, 7, 8", CHOICES["distance"])
+    anchor: str = option("mean", "average of Eq. 1: of the first epoch, or EMA", CHOICES["anchor"])
     pos_embed: str = option(
-        "copy", "the teacher's, frozen (Fig. 7, strategy 2), or learnt", ["copy", "learn"]
+        "copy", "the teacher's, frozen (Fig. 7, strategy 2), or learnt", CHOICES["pos_embed"]
     )
     without: str = option(
         None, "leave terms out of Eq. 6, for ablations", ["anchor", "gram", "anchor,gram"]
@@ -128,7 +128,7 @@ class Settings:
     seed: int = option(0, "of the student's initialisation and the order of the images")
     device: str = option(None, "cpu, cuda, cuda:1, ...; default cuda where there is one")
     precision: str = option(
-        "fp32", "of both networks in training; scores are float32", ["fp32", "tf32", "bf16"]
+        "fp32", "of both networks in training; scores are float32", CHOICES["precision"]
     )
     compile: bool = option(False, "torch.compile the student and the losses")
     checkpoint_every: float = option(60.0, "seconds between checkpoints for --resume")
@@ -192,14 +192,17 @@ def parse(argv):
 
 def check(settings):
     """Refuse numbers out of their ranges."""
+    whole = {"epochs": 1, "batch_size": 1, "top_k": 1, "warmup": 0, "seed": 0}
+    for name, least in whole.items():
+        if getattr(settings, name) is not None:
+            runs.check_whole(name, getattr(settings, name), least)
     ranges = (
-        ("at least 1", lambda x: x >= 1, ("epochs", "batch_size", "top_k")),
-        ("more than 0", lambda x: 0 < x < math.inf, ("lr",)),
+        ("more than 0 and finite", lambda x: 0 < x < math.inf, ("lr",)),
         ("0 or more and below 1", lambda x: 0 <= x < 1, ("holdout",)),
         (
-            "0 or more",
+            "0 or more and finite",
             lambda x: 0 <= x < math.inf,
-            ("momentum", "weight_decay", "warmup", "clip_grad", "lam", "seed", "checkpoint_every"),
+            ("momentum", "weight_decay", "clip_grad", "lam", "checkpoint_every"),
         ),
     )
     for expected, holds, names in ranges:
@@ -209,31 +212,19 @@ def check(settings):
                 raise UserError(f"{runs.flag(name)}: expected {expected}, got {value}")
 
 
-def check_teacher(settings, teacher):
-    """Refuse blocks or patches that the teacher does not have."""
-    limits = (
-        ("layers", settings.layers[-1], len(teacher.blocks) - 1),
-        ("top_k", settings.top_k, teacher.config["grid"] ** 2),
-    )
-    for name, value, most in limits:
-        if value > most:
-            expected = f"at most {most} with this teacher"
-            raise UserError(f"{runs.flag(name)}: expected {expected}, got {value}")
-
-
 def resolve_category(settings):
     """--category -> the category's name, or "all"."""
     dataset, category = settings.dataset, settings.category
     if dataset == "folder":
         if not settings.data_root:
             raise UserError("--data-root: expected the folder that holds train/good, got none")
-        return Path(settings.data_root).resolve().name
+        return Path(os.path.realpath(settings.data_root)).name
     known = CATEGORIES[dataset]
     if category is None and len(known) > 1:
         raise UserError(f"--category: expected one of {', '.join(known)}, or all, got none")
     if category == "all":
         return category
-    return find_category(dataset, category or "0")
+    return find_category(dataset, "0" if category is None else category)
 
 
 # ----------------------------------------------------------------------------------- several runs
@@ -332,7 +323,7 @@ def main(argv):
         return
     device = set_up(settings)
     teacher = runs.load_teacher(ensure_weights(settings.weights))
-    check_teacher(settings, teacher)
+    runs.check_teacher(dataclasses.asdict(settings), teacher)
     left = train_all(todo, teacher, device, existing)
     if left and len(todo) == 1:
         raise UserError(
@@ -397,7 +388,11 @@ def mapped_tensor(folder, shape, dtype):
     size = math.prod(shape)
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash later
-            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+            try:
+                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+            except OSError as error:
+                error.filename = f"{folder}, --cache disk"
+                raise
         return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
 
 
@@ -641,10 +636,11 @@ class Progress:
 
 
 class Training:
-    """One run. Its parts in their order: the images, the folder, the model, the loop, delta."""
+    """One run. Its parts in their order: the images, the model, the folder, the loop, delta."""
 
     def __init__(self, settings, teacher, device, resume):
         self.settings = settings
+        self.as_json = dataclasses.asdict(settings)
         self.teacher = teacher
         self.device = device
         self.step = 0
@@ -669,13 +665,26 @@ class Training:
         self.seed = zlib.crc32(name.encode())
 
     def open_folder(self):
-        """Begin the run's folder, or go on in it."""
+        """Begin the run's folder, or go on in it: step, model, optimisers and log as they were.
+
+        Whatever can be wrong is found out before the folder changes.
+        """
         self.made = runs.provenance(self.device)
         if self.resume:
-            runs.resume_run(self.folder, self.teacher.sha256, self.made)
+            config = runs.config_to_resume(self.folder, self.teacher.sha256)
+            self.step = runs.load_checkpoint(
+                self.checkpoint, self.model, self.optimizers, settings=self.as_json
+            )
+            if not 0 < self.step <= self.steps:
+                raise UserError(
+                    f"{self.checkpoint}: expected a checkpoint of this run, "
+                    f"got step {self.step} of {self.steps}: --overwrite starts again"
+                )
+            log = [line for step, line in runs.read_log(self.log_file) if step <= self.step]
+            runs.resume_run(self.folder, config, self.made, log)
             return
         facts = {
-            "settings": dataclasses.asdict(self.settings),
+            "settings": self.as_json,
             "teacher": {"sha256": self.teacher.sha256, **self.teacher.metadata},
             "images": len(self.images),
             "epochs": self.epochs,
@@ -688,8 +697,7 @@ class Training:
         settings, teacher, device = self.settings, self.teacher, self.device
         torch.manual_seed(self.seed)
         without = settings.without.split(",") if settings.without else ()
-        values = dataclasses.asdict(settings)
-        model = runs.build(teacher, values, settings.precision, without)
+        model = runs.build(teacher, self.as_json, settings.precision, without)
         self.model = model.to(device)
         self.cache = TeacherCache(
             self.model, len(self.images), device, folder=self.folder, place=settings.cache
@@ -739,10 +747,7 @@ class Training:
             yield f"{few}, which more normal images would make better"
 
     def continue_from_checkpoint(self):
-        """Step, model, optimiser and log as they were; and what the first epoch had cached."""
-        self.step = runs.load_checkpoint(self.checkpoint, self.model, self.optimizers)
-        lines = [line for step, line in runs.read_log(self.log_file) if step <= self.step]
-        runs.write_text(self.log_file, "".join(lines))
+        """The cache as the first epoch had filled it."""
         print(f"{self.folder}: continues after step {self.step} of {self.steps}")
         if self.cache.place != "off":
             # The same features to the last bit: computed in the batches of the first epoch.
@@ -796,12 +801,16 @@ class Training:
 
                 # Checkpoint, where a line was logged and the last one is old enough.
                 if due:
-                    runs.save_checkpoint(self.checkpoint, self.model, self.optimizers, self.step)
+                    self.save_checkpoint()
                     saved = time.monotonic()
                 if stop.number:
                     at = f"stopped after step {self.step} of {self.steps}"
                     text = f"{self.folder}: {at}; --resume continues from there"
                     raise runs.Stopped(stop.number, text)
+
+    def save_checkpoint(self):
+        parts = (self.model, self.optimizers, self.step)
+        runs.save_checkpoint(self.checkpoint, *parts, settings=self.as_json)
 
     def check_finite(self, losses_finite, epoch, weights_too):
         """Before a checkpoint the weights too: a step can break them after its loss was finite."""
@@ -862,8 +871,8 @@ def train(settings, teacher, device, resume=False, runs_after=0):
     runs.set_tf32(settings.precision)
     try:
         training = Training(settings, teacher, device, resume)
-        training.open_folder()
         training.build_model()
+        training.open_folder()
         training.announce()
         if training.resume:
             training.continue_from_checkpoint()

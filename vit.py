@@ -217,18 +217,24 @@ def sha256(path):
 def load_vit(path):
     """A converted checkpoint (weights/convert.py) -> the ViT, in evaluation mode.
 
-    Strict: missing, extra or misshapen tensors are refused. The file's metadata, one JSON object
-    under the key "vitad", is kept as `vit.metadata`, the file's sha256 as `vit.sha256`. A file that
-    does not fit is a ValueError whose text is one sentence for the user.
+    Strict: missing, extra, misshapen or infinite tensors are refused. The file's metadata, one JSON
+    object under the key "vitad", is kept as `vit.metadata`, the file's sha256 as `vit.sha256`. A
+    file that does not fit is a ValueError whose text is one sentence for the user.
     """
     path = Path(path)
     tensors, metadata = read_weights(path)
     check_layout(path, tensors, metadata)
+    check_metadata(path, metadata)
     config = config_of(path, tensors, metadata)
     with torch.device("meta"):  # shapes only: the values come from the file
         vit = ViT(**config)
     check_shapes(path, tensors, vit.state_dict())
     values = {key: tensor.float() for key, tensor in tensors.items()}
+    broken = not_finite(values)
+    if broken:
+        raise ValueError(
+            f"{path}: expected finite weights, got {broken}: convert or download it again"
+        )
     vit.load_state_dict(values, strict=True, assign=True)
     vit.metadata = metadata
     vit.sha256 = sha256(path)
@@ -244,15 +250,33 @@ def read_weights(path):
         )
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("vitad", "{}"))
+            text = (file.metadata() or {}).get("vitad", "{}")
             names = list(file.keys())
             tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         got = f"another kind of file: try python weights/convert.py {path}"
         if "incomplete" in str(error).lower() or "EOF" in str(error):
             got = "a truncated one: copy or download it again"
         raise ValueError(f"{path}: expected a safetensors file, got {got} ({error})") from None
+    try:
+        metadata = json.loads(text)
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise ValueError(
+            f"{path}: expected metadata as a JSON object, got {text[:20]!r}: "
+            f"convert the original again"
+        )
     return tensors, metadata
+
+
+def not_finite(tensors):
+    """The first value among tensors that is not finite, "nan in <name>"; None if all are."""
+    for name, x in tensors.items():
+        finite = x.isfinite()
+        if not finite.all():
+            return f"{x[~finite][0].item()} in {name}"
+    return None
 
 
 def check_layout(path, tensors, metadata):
@@ -270,16 +294,40 @@ def check_layout(path, tensors, metadata):
             f"{path}: expected vitad's key names, got another layout ({first}, ...): {convert}"
         )
     known = {"mean", "std", "activation"} <= set(metadata)
-    if not known or metadata["activation"] not in ACTIVATIONS:
+    if not known or metadata["activation"] not in list(ACTIVATIONS):
         raise ValueError(
             f"{path}: expected mean, std and activation in the metadata, "
             f"got a file that was not converted: {convert}"
         )
-    for key, ndim in dimensions.items():
-        if tensors[key].ndim != ndim:
+    for key, ndim in {**dimensions, "head.weight": 2}.items():
+        if key in tensors and tensors[key].ndim != ndim:
             raise ValueError(
                 f"{path}: expected {key} with {ndim} dimensions, "
                 f"got {tuple(tensors[key].shape)}: convert the original again"
+            )
+
+
+def check_metadata(path, metadata):
+    """Refuse numbers that cannot be those of a network."""
+
+    def is_number(x):
+        return isinstance(x, (int, float)) and -math.inf < x < math.inf
+
+    def are_three(values):
+        return isinstance(values, list) and len(values) == 3 and all(map(is_number, values))
+
+    mean, std = metadata["mean"], metadata["std"]
+    heads, eps = metadata.get("heads", 1), metadata.get("eps", LAYER_NORM_EPS)
+    rules = (
+        ("mean as three numbers", mean, are_three(mean)),
+        ("std as three numbers above 0", std, are_three(std) and min(std) > 0),
+        ("heads as a number from 1", heads, isinstance(heads, int) and heads > 0),
+        ("eps as a number above 0", eps, is_number(eps) and eps > 0),
+    )
+    for expected, got, holds in rules:
+        if not holds:
+            raise ValueError(
+                f"{path}: expected {expected}, got {got!r}: convert the original again"
             )
 
 
@@ -297,7 +345,7 @@ def config_of(path, tensors, metadata):
         "depth": len({key.split(".")[1] for key in tensors if key.startswith("blocks.")}),
         "heads": heads,
         "patch": tensors["patch_embed.proj.weight"].shape[-1],
-        "grid": math.isqrt(tensors["pos_embed"].shape[1] - 1),
+        "grid": math.isqrt(max(tensors["pos_embed"].shape[1] - 1, 0)),
         "hidden": len(tensors["blocks.0.mlp.fc1.weight"]),
         "classes": len(tensors["head.weight"]) if "head.weight" in tensors else 0,
         "norm_pre": "norm_pre.weight" in tensors,
@@ -309,7 +357,7 @@ def config_of(path, tensors, metadata):
 
 
 def check_shapes(path, tensors, expected):
-    """Refuse tensors that are missing, of another shape, or not the network's."""
+    """Refuse tensors that are missing, of another shape or kind, or not the network's."""
     for key, parameter in expected.items():
         shape = tuple(parameter.shape)
         if key not in tensors:
@@ -320,6 +368,11 @@ def check_shapes(path, tensors, expected):
         if tensors[key].shape != parameter.shape:
             raise ValueError(
                 f"{path}: expected {key} of shape {shape}, got {tuple(tensors[key].shape)}: "
+                f"convert the original again"
+            )
+        if not tensors[key].is_floating_point():
+            raise ValueError(
+                f"{path}: expected {key} as floating-point numbers, got {tensors[key].dtype}: "
                 f"convert the original again"
             )
     extra = sorted(set(tensors) - set(expected))

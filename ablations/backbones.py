@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from runs import UserError
-from vit import IMAGENET_MEAN, IMAGENET_STD, ViT, sha256
+from vit import IMAGENET_MEAN, IMAGENET_STD, ViT, not_finite, sha256
 
 
 class Backbone(nn.Module):
@@ -96,6 +96,9 @@ def fill(network, stages, tensors):
         if id(x) in held and not is_counter and name not in tensors:
             raise UserError(f"expected a tensor {name} of shape {tuple(x.shape)}, got none")
     wanted = {name: x.float() for name, x in tensors.items() if name in values}
+    broken = not_finite(wanted)
+    if broken:
+        raise UserError(f"expected finite weights, got {broken}")
     try:
         network.load_state_dict(wanted, strict=False)
     except RuntimeError as error:

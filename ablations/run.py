@@ -20,7 +20,7 @@ import csv
 import itertools
 import statistics
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -32,7 +32,7 @@ from ablations import backbones
 from data import CATEGORIES, find_category
 from evaluate import evaluate, report_and_go_on, write_result
 from results.pictures import Axes
-from results.report import NAMES, cell, row
+from results.report import NAMES, cell, read_result, row
 from runs import UserError
 from weights.download import ensure_weights
 
@@ -136,6 +136,7 @@ COLUMNS = (  # of a figure's CSV
     "date",
     "command",
 )
+SIZES = (32, 2048)  # of the CNNs' images: five poolings halve the side; VGG's maps need memory
 FILLS = ("#9ecae1", "#1f77b4", "#fdae6b", "#e6550d", "#a1d99b", "#31a354")  # of the bars
 
 
@@ -176,7 +177,7 @@ def run_variant(name, dataset, request):
     settings, _, _ = train.parse([*own, *variant.options, *request.options])
     settings = replace(settings, out=str(Path(settings.out) / "ablations" / folder))
     device = train.set_up(settings)
-    train.check_teacher(settings, teacher)
+    runs.check_teacher(asdict(settings), teacher)
     folders, left = [], []
     for category in request.categories:
         settings = replace(settings, category=category)
@@ -196,7 +197,7 @@ def run_variant(name, dataset, request):
             write_result(scored, device)
     if not all((run / "result.json").is_file() for run in folders):
         raise UserError(f"{name}: some of its runs could not be scored, for the reasons above")
-    return [runs.read_json(run / "result.json") for run in folders]
+    return [read_result(run / "result.json") for run in folders]
 
 
 def csv_rows(name, results):
@@ -216,8 +217,8 @@ def read_csv(figure, request):
     wanted = set(itertools.product(request.categories, map(str, request.seeds)))
     if not path.is_file():
         return []
-    with open(path, newline="") as file:
-        rows = [r for r in csv.DictReader(file) if (r["category"], r["seed"]) in wanted]
+    rows = runs.read_csv(path, COLUMNS)
+    rows = [r for r in rows if (r["category"], r["seed"]) in wanted]
     complete = len(rows) == len(wanted) * len(FIGURES[figure].variants)
     return rows if complete else []
 
@@ -232,7 +233,6 @@ def make(figure, request):
         rows = []
         for name in names:
             rows += csv_rows(name, run_variant(name, FIGURES[figure].dataset, request))
-    request.results.mkdir(parents=True, exist_ok=True)
     path = request.results / f"figure_{figure}.csv"
     with runs.atomic(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -365,7 +365,10 @@ def parse(argv):
     args, options = parser.parse_known_args(argv)
     dataset = FIGURES[args.figure].dataset
     categories = list(CATEGORIES[dataset])
-    if args.categories:  # one that is named twice is run once
+    if not SIZES[0] <= args.image_size <= SIZES[1]:
+        sizes = "{} to {}".format(*SIZES)
+        raise UserError(f"--image-size: expected {sizes}, got {args.image_size}")
+    if args.categories is not None:  # one that is named twice is run once
         named = [find_category(dataset, name) for name in args.categories.split(",")]
         categories = list(dict.fromkeys(named))
     request = Request(
@@ -382,7 +385,8 @@ def parse(argv):
 @runs.script
 def main(argv):
     figure, request = parse(argv)
-    print(table(figure, make(figure, request)))
+    with runs.new_folder(request.results):  # one that cannot be is found out before the training
+        print(table(figure, make(figure, request)))
 
 
 if __name__ == "__main__":

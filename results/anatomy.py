@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import runs
 from data import test_split
-from evaluate import auroc
+from evaluate import auroc, find_runs
 from vitad import diff, score_a, score_d
 
 SCORE = "S_D + S_A (Eq. 10)"
@@ -109,7 +109,7 @@ def main(argv):
     args = parser.parse_args(argv)
     columns, teacher = [], None
     runs.set_tf32("fp32")
-    for run in args.runs:
+    for run in find_runs(args.runs, out=None):
         model = runs.load(run, teacher=teacher)
         teacher = model.teacher
         columns.append(column(run, model))

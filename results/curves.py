@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import runs
+from data import slug
 from results.pictures import Axes
 from runs import UserError
 
@@ -26,27 +27,51 @@ TABLE = Path(__file__).parent / "recipe.csv"
 SETTINGS = ("dataset", "category", "optimizer", "batch_size", "weight_decay", "seed", "holdout")
 MEASURED = ("epochs", "step", "held_out_mean", "block3", "block6", "block9", "block11", "loss")
 COLUMNS = ("teacher", *SETTINGS, "lr", *MEASURED, "commit")
+BLOCKS = [3, 6, 9, 11]
 COLOURS = {"sgd": "#7f7f7f", "adamw": "#1f77b4", "muon": "#d62728"}
 
 
 def read_table():
-    with open(TABLE, newline="") as file:
-        return list(csv.DictReader(file))
+    rows = runs.read_csv(TABLE, COLUMNS)
+    for row in rows:
+        numbers = row["step"].isdecimal() and is_number(row["held_out_mean"])
+        if not numbers or int(row["step"]) < 1 or row["optimizer"] not in COLOURS:
+            raise UserError(f"{TABLE}: expected a step, a distance, an optimizer, got {row}")
+    return rows
+
+
+def is_number(text):
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def rows_of(run):
     """The rows of one run folder, as strings."""
     config = runs.read_config(run)
+    path = Path(run) / "config.json"
+    runs.check_values(path, config, {"lr": float, "epochs": int})
+    numbers = {"batch_size": int, "weight_decay": float, "holdout": float}
+    runs.check_values(path, config["settings"], {"optimizer": list(COLOURS), **numbers})
+    if config["settings"]["layers"] != BLOCKS:
+        layers = ",".join(map(str, config["settings"]["layers"]))
+        raise UserError(f"{run}: expected a run with --layers 3,6,9,11, got {layers}")
     fixed = {name: config["settings"][name] for name in SETTINGS}
     fixed["teacher"] = config["teacher"].get("name", "")
     fixed |= {"lr": config["lr"], "epochs": config["epochs"], "commit": config["commit"]}
     rows = []
     loss = math.nan
-    for _, text in runs.read_log(Path(run) / "log.jsonl"):
+    path = Path(run) / "log.jsonl"
+    for _, text in runs.read_log(path):
         line = json.loads(text)
         loss = line.get("loss", loss)
         if "held_out_mean" not in line:
             continue
+        runs.check_values(path, line, {"held_out_mean": float, "held_out": list})
+        distances = [x for x in line["held_out"] if isinstance(x, float)]
+        if len(distances) != len(BLOCKS):
+            raise UserError(f"{path}: expected the distances of four layers, got {line}")
         values = dict(zip(("block3", "block6", "block9", "block11"), line["held_out"], strict=True))
         values = {**values, "held_out_mean": line["held_out_mean"], "loss": loss}
         rounded = {name: f"{value:.5f}" for name, value in values.items()}
@@ -96,26 +121,28 @@ def draw(rows, title):
 def main(argv):
     parser = runs.Parser(__doc__)
     parser.add_argument("runs", nargs="*", help="run folders to take into the table")
-    parser.add_argument("--category", help="draw its runs")
+    parser.add_argument("--category", help="draw its runs, its name as in the table")
     parser.add_argument("--teacher", default="deit_tiny_patch16_224", help="of the runs to draw")
     args = parser.parse_args(argv)
+    if not args.runs and args.category is None:
+        raise UserError("expected runs or --category, got neither")
     rows = read_table()
     for run in args.runs:
         new = rows_of(run)
         rows = [row for row in rows if key(row) != key(new[0])] + new
+    if args.category is None:
+        write_table(rows)
+        return
+    wanted = (args.teacher, args.category)
+    drawn = [row for row in rows if (row["teacher"], row["category"]) == wanted]
+    if not drawn:
+        raise UserError(f"{TABLE}: expected runs of {' with '.join(reversed(wanted))}, got none")
+    chart = draw(drawn, f"{args.category}: distance to the teacher on images held out")
     if args.runs:
         write_table(rows)
-    if args.category:
-        wanted = (args.teacher, args.category)
-        drawn = [row for row in rows if (row["teacher"], row["category"]) == wanted]
-        if not drawn:
-            raise UserError(
-                f"{TABLE}: expected runs of {' with '.join(reversed(wanted))}, got none"
-            )
-        title = f"{args.category}: distance to the teacher on images held out"
-        file = TABLE.with_name(f"recipe_{args.category}.svg")
-        runs.write_text(file, draw(drawn, title))
-        print(file)
+    file = TABLE.with_name(f"recipe_{slug(args.category)}.svg")
+    runs.write_text(file, chart)
+    print(file)
 
 
 if __name__ == "__main__":

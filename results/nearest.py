@@ -79,8 +79,7 @@ def parse(argv):
     add("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
     add("--out", type=Path, help="folder for the result (default results/<teacher>)")
     args = parser.parse_args(argv)
-    if args.memory < 1:
-        raise runs.UserError(f"--memory: expected at least 1, got {args.memory}")
+    runs.check_whole("memory", args.memory, 1)
     return args
 
 
@@ -113,7 +112,7 @@ def main(argv):
     runs.write_text(path, json.dumps(result, indent=2) + "\n")
     print(f"{category}: {result['auroc']:.2f}, by layer {result['auroc_of_layer']}; {path}")
     if list(folder.glob("*.json")):
-        print(f"table: {report.write(folder)}")
+        report.report(folder.parent, [])  # the tables with this column
 
 
 if __name__ == "__main__":

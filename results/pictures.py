@@ -190,7 +190,9 @@ class Axes:
 
     def at(self, x, y):
         (x0, x1), (y0, y1) = self.x_range, self.y_range
-        return 60 + (self.width - 80) * (x - x0) / (x1 - x0), 310 - 270 * (y - y0) / (y1 - y0)
+        across = (x - x0) / (x1 - x0 or 1)  # 1: of a single value
+        up = (y - y0) / (y1 - y0 or 1)
+        return 60 + (self.width - 80) * across, 310 - 270 * up
 
     def svg(self, title, x_label, y_label, *, legend, legend_y=56, x_ticks=None):
         """The whole plot as text. legend: [(text, colour)]. x_ticks: [(x, text)], or numbers."""

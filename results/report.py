@@ -31,6 +31,20 @@ term of S_A, which needs no training: the AUROC of these alone. Nearest patch: t
 without a student, by nearest.py, where that has run. Made by `evaluate.py --report` from the JSON
 files beside this table. The runs were trained and scored by the commands below.
 """
+NUMBER = int | float | None
+NEAREST = {"category": str, "auroc": float}  # of nearest.py's results
+MADE = {"command": str, "commit": str | None, "device": str, "date": str}
+RESULT = {  # what is read of a result.json, as runs.check_values has it
+    "dataset": list(CATEGORIES),
+    "category": str,
+    "seed": int,
+    "steps": int | None,
+    "teacher": str | None,
+    "teacher_sha256": str,
+    "trained": dict,
+    "versions": dict,
+    **MADE,
+}
 
 
 @functools.cache
@@ -139,32 +153,48 @@ def how_made(results, categories):
     return [*head, *dict.fromkeys(rows)]
 
 
+def read_result(path):
+    """The result.json of a run."""
+    result = runs.read_json(path, RESULT)
+    runs.check_values(path, result["trained"], MADE)
+    runs.check_values(path, result["versions"], {"torch": str})
+    numbers = {name: NUMBER for name in COLUMNS.values() if name in result}
+    runs.check_values(path, result, numbers)
+    return result
+
+
 def report(folder, run_folders):
     """Keep each run's result.json in `folder`, and write the tables of all that lie there.
 
     -> the tables, folder/<dataset>.md. The results are folder/<dataset>/<category>_seed<seed>.json.
+    All are read before one is written.
     """
     folder = Path(folder)
+    sources = {path: path for path in folder.glob("*/*.json")}
     for run in run_folders:
-        result = runs.read_json(run / "result.json")
+        result = read_result(run / "result.json")
         name = f"{slug(result['category'])}_seed{result['seed']}.json"
-        kept = folder / result["dataset"] / name
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with runs.atomic(kept) as temporary:
-            shutil.copyfile(run / "result.json", temporary)
-    return [write(path) for path in sorted(folder.iterdir()) if path.is_dir()]
+        sources[folder / result["dataset"] / name] = run / "result.json"
+    tables = {}
+    for dataset in sorted({path.parent for path in sources}):
+        kept = sorted(path for path in sources if path.parent == dataset)
+        text = table_of_one_teacher(dataset, [read_result(sources[path]) for path in kept])
+        tables[dataset.with_suffix(".md")] = text
+    for path, source in sources.items():
+        if path != source:
+            with runs.new_folder(path.parent), runs.atomic(path) as temporary:
+                shutil.copyfile(source, temporary)
+    for path, text in tables.items():
+        runs.write_text(path, text)
+    return list(tables)
 
 
-def write(folder):
-    """folder/*.json -> the table beside the folder."""
-    results = [runs.read_json(path) for path in sorted(folder.glob("*.json"))]
+def table_of_one_teacher(folder, results):
     if len({r["teacher_sha256"] for r in results}) > 1:
         teachers = sorted({str(r["teacher"]) for r in results})
         raise UserError(
             f"{folder}: expected the results of one teacher, got {', '.join(teachers)}: "
             f"give each its own --report"
         )
-    nearest = [runs.read_json(path) for path in sorted(folder.glob("nearest/*.json"))]
-    path = folder.with_suffix(".md")
-    runs.write_text(path, table(results, nearest))
-    return path
+    nearest = [runs.read_json(path, NEAREST) for path in sorted(folder.glob("nearest/*.json"))]
+    return table(results, nearest)

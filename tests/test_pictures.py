@@ -209,23 +209,6 @@ def test_pictures_that_do_not_decode(world, tmp_path):
     assert result.err.startswith("skipped: ") and "b.png" in result.err
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (("--images", "nowhere.png"), ["nowhere.png: expected a picture", "no such file"]),
-        (("--images", "own/train"), ["own/train: expected images", "got none"]),
-        (("--json",), ["--json: expected --images"]),
-        (("--exit-code",), ["--exit-code: expected --images"]),
-        (("--show-failures", "-1"), ["--show-failures: expected at least 0"]),
-        (("--heatmaps", "teacher.safetensors"), ["teacher.safetensors: File exists"]),
-    ],
-)
-def test_bad_input_is_one_sentence(world, options, words):
-    result = run_evaluate(world, *options)
-    assert_one_sentence(result, *words)
-    assert result.out == ""  # nothing has begun
-
-
 def test_several_runs_cannot_share_pictures(world, tmp_path):
     shutil.copytree(world / "runs", tmp_path / "runs")
     shutil.copytree(tmp_path / RUN, tmp_path / "runs/folder/own/seed1")

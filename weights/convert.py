@@ -26,13 +26,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 if __name__ == "__main__":
     import _root  # noqa: F401 (puts the repository on the path)
 
-from runs import WEIGHTS, Parser, UserError, atomic, script
+from runs import WEIGHTS, Parser, UserError, atomic, check_whole, new_folder, script
 from vit import ACTIVATIONS, IMAGENET_MEAN, IMAGENET_STD, LAYER_NORM_EPS, load_vit, sha256
 
 IMAGE_SIZE = 224
@@ -255,7 +255,7 @@ def read_pickle(path):
         if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
             tensors = tensors[wrapper]
     plain = isinstance(tensors, dict) and all(
-        isinstance(value, torch.Tensor) for value in tensors.values()
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()
     )
     if not plain:
         raise UserError(
@@ -334,7 +334,7 @@ def to_timm(tensors):
     else:
         raise UserError(
             f"expected the keys of a ViT (timm, transformers, torchvision or Google's .npz), "
-            f"got {', '.join(sorted(tensors)[:3])}, ..."
+            f"got {', '.join(sorted(tensors)[:3]) or 'none'}, ..."
         )
     try:
         return layout, join_qkv(tensors), heads
@@ -352,10 +352,13 @@ def canonical(tensors):
 
     The tensors are in float32. What was done is a list of short texts.
     """
-    floats = {key: value.float() for key, value in tensors.items()}
-    layout, tensors, heads = to_timm(floats)
+    layout, tensors, heads = to_timm(tensors)
     done = [f"layout {layout}"]
     dropped = drop_pretraining(tensors)
+    for key, value in tensors.items():
+        if not value.is_floating_point():
+            raise UserError(f"expected {key} as floating-point numbers, got {value.dtype}")
+    tensors = {key: value.float() for key, value in tensors.items()}
     done.append(f"dropped {', '.join(dropped) or 'nothing'}")
     if any(".ls1." in key for key in tensors):
         fold_layer_scale(tensors)
@@ -471,10 +474,7 @@ def save(path, tensors, metadata):
     The metadata are one sorted JSON text under one key: safetensors writes several keys in random
     order, and the file's sha256 is the teacher's name.
     """
-    try:
-        save_file(tensors, path, metadata={"vitad": json.dumps(metadata, sort_keys=True)})
-    except SafetensorError as error:  # its word for a full disk
-        raise UserError(f"{path}: expected room for the weights, got {error}") from None
+    save_file(tensors, path, metadata={"vitad": json.dumps(metadata, sort_keys=True)})
 
 
 def convert(
@@ -510,12 +510,16 @@ def convert(
         metadata = metadata_of(path, digest, "norm_pre.weight" in tensors, options)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(out) as temporary:
+    except (RuntimeError, LookupError, ZeroDivisionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: expected tensors of a ViT's shapes, got others ({reason})"
+        ) from None
+    with new_folder(out.parent), atomic(out) as temporary:
+        save(temporary, tensors, metadata)
         try:
-            save(temporary, tensors, metadata)
             vit = load_vit(temporary)
-        except (UserError, ValueError) as error:
+        except ValueError as error:
             raise UserError(str(error).replace(str(temporary), str(path))) from None
     return [read_line, "; ".join(done), *summary(out, vit)]
 
@@ -554,6 +558,8 @@ def main(argv):
     parser.add_argument("--source", help="where the checkpoint is from, for the metadata")
     parser.add_argument("--license", help="its licence, for the metadata")
     args = parser.parse_args(argv)
+    if args.heads is not None:
+        check_whole("heads", args.heads, 1)
     lines = convert(
         args.file,
         args.out or WEIGHTS / f"{args.file.stem}.safetensors",

@@ -28,7 +28,7 @@ from torch import nn
 if __name__ == "__main__":
     import _root  # noqa: F401 (puts the repository on the path)
 
-from runs import WEIGHTS, Parser, UserError, atomic, script
+from runs import WEIGHTS, Parser, UserError, atomic, check_whole, script
 from vit import ViT, load_vit
 from vitad import LAYERS
 from weights.convert import save
@@ -261,13 +261,26 @@ def main(argv):
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default 0.002)")
     parser.add_argument("--seed", type=int, default=0, help="of everything (default 0)")
     args = parser.parse_args(argv)
-    if min(args.steps, args.batch_size) < 1:
-        raise UserError(
-            f"--steps, --batch-size: expected at least 1, got {args.steps}, {args.batch_size}"
-        )
-    torch.manual_seed(args.seed)
-    vit = train(args.steps, args.batch_size, args.lr)
-    metadata = {
+    for name, least in (("steps", 1), ("batch_size", 1), ("seed", 0)):
+        check_whole(name, getattr(args, name), least)
+    if not 0 < args.lr < math.inf:
+        raise UserError(f"--lr: expected more than 0 and finite, got {args.lr}")
+    with atomic(args.out) as temporary:  # a place that takes no file is found out at once
+        torch.manual_seed(args.seed)
+        vit = train(args.steps, args.batch_size, args.lr)
+        halves = {key: value.half() for key, value in vit.state_dict().items()}
+        save(temporary, halves, metadata(vit))
+        try:
+            written = load_vit(temporary)  # it has to be a file that can be used
+        except ValueError as error:  # the training diverged
+            raise UserError(str(error).replace(str(temporary), str(args.out))) from None
+    parameters = sum(p.numel() for p in written.parameters())
+    print(f"wrote {args.out}: {parameters:,} parameters, sha256 {written.sha256}")
+
+
+def metadata(vit):
+    """What the file says of itself."""
+    return {
         "mean": CONFIG["mean"],
         "std": CONFIG["std"],
         "activation": "gelu",
@@ -277,12 +290,6 @@ def main(argv):
         "source": "weights/train_demo_teacher.py",
         "license": "MIT",
     }
-    with atomic(args.out) as temporary:
-        halves = {key: value.half() for key, value in vit.state_dict().items()}
-        save(temporary, halves, metadata)
-    written = load_vit(args.out)  # it has to be a file that can be used
-    parameters = sum(p.numel() for p in written.parameters())
-    print(f"wrote {args.out}: {parameters:,} parameters, sha256 {written.sha256}")
 
 
 if __name__ == "__main__":
