@@ -474,7 +474,7 @@ def make_parser():
         metavar="N",
         help="the N worst misses and false alarms, in RUN/failures",
     )
-    add("--plot", action="store_true", help="RUN/histogram.svg and RUN/roc.svg")
+    add("--plot", action="store_true", help="RUN/training.svg, histogram.svg and roc.svg")
     add(
         "--report",
         type=Path,

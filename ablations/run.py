@@ -31,7 +31,7 @@ import train
 from ablations import backbones
 from data import CATEGORIES, find_category
 from evaluate import evaluate, report_and_go_on, write_result
-from results.pictures import Axes
+from results.pictures import grouped_bars
 from results.report import NAMES, cell, read_result, row
 from runs import UserError
 from weights.download import ensure_weights
@@ -317,32 +317,15 @@ def bars(figure, rows):
 
     Whiskers are one standard deviation over the seeds.
     """
-    names = [name for name, _ in FIGURES[figure].variants]
     groups = [*distinct(rows, "category"), None]
-    low = max(0, 10 * (min(float(r["value"]) for r in rows) // 10) - 10)
-    width, legend_width = 80 * len(groups), 170  # pixels
-    axes = Axes((0, (width + legend_width) / 80), (low, 100), width=80 + width + legend_width)
-    for x, category in enumerate(groups):
-        for i, name in enumerate(names):
-            values = list(seed_means(rows, name, category).values())
-            mean = statistics.fmean(values)
-            spread = statistics.stdev(values) if len(values) > 1 else 0
-            left, top = axes.at(x + 0.1 + 0.8 * i / len(names), mean)
-            right, bottom = axes.at(x + 0.1 + 0.8 * (i + 1) / len(names), low)
-            middle = (left + right) / 2
-            high, deep = axes.at(x, mean + spread)[1], axes.at(x, mean - spread)[1]
-            axes.marks.append(
-                f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" '
-                f'height="{bottom - top:.1f}" fill="{FILLS[i]}"/>'
-                f'<path d="M{middle:.1f} {high:.1f}V{deep:.1f}" stroke="#222"/>'
-            )
-    return axes.svg(
-        f"Figure {figure}",
-        "",
-        "image AUROC, %",
-        legend=[(name, FILLS[i]) for i, name in enumerate(names)],
-        x_ticks=[(x + 0.5, category or "mean") for x, category in enumerate(groups)],
-    )
+    series = {}
+    for name, _ in FIGURES[figure].variants:
+        of_groups = [list(seed_means(rows, name, category).values()) for category in groups]
+        series[name] = [
+            (statistics.fmean(x), statistics.stdev(x) if len(x) > 1 else 0) for x in of_groups
+        ]
+    names = [category or "mean" for category in groups]
+    return grouped_bars(f"Figure {figure}", "image AUROC, %", names, series, FILLS)
 
 
 # ------------------------------------------------------------------------------------ command line

@@ -4,7 +4,9 @@ PNG by Pillow; SVG and HTML are text.
 """
 
 import html
+import json
 import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +26,47 @@ PAGE = """<!doctype html>
 <style>
 body {{ font: 16px/1.5 sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em;
   background: #fff; color: #222 }}
+h1 {{ overflow-wrap: anywhere }}
 figure {{ margin: 2em 0 }}
+figure[hidden] {{ display: none }}
 img {{ max-width: 100%; min-width: min(100%, 42em) }}
+label {{ display: inline-block; margin-right: 1em }}
+select {{ font: inherit; max-width: 100% }}
 .anomalous {{ color: #b00020; font-weight: bold }}
 </style>
 <h1>{title}</h1>
-<p>The highest score first; delta is {delta:.3f}. Each picture shows the image, the heat of its
-patches (Diff summed over the layers), and both together. Black is the usual heat of a normal image
-({low:.2f}), red the most that 99 % of normal images reach anywhere ({high:.2f}), yellow twice as
-far and beyond.</p>
+<p>delta is {delta:.3f}. Each picture shows the image, the heat of its patches (Diff summed over the
+layers), and both together. Black is the usual heat of a normal image ({low:.2f}), red the most that
+99 % of normal images reach anywhere ({high:.2f}), yellow twice as far and beyond.</p>
+<p><label>Show <select id="show">{choices}</select></label>
+<label>Sort by <select id="sort"><option value="high">highest score</option>
+<option value="low">lowest score</option><option value="name">name</option></select></label>
+<span id="count"></span></p>
+<main>
 {figures}
+</main>
+<script>
+const figures = [...document.querySelectorAll("figure")];
+const show = document.getElementById("show"), sort = document.getElementById("sort");
+const orders = {{
+  high: (a, b) => b.dataset.score - a.dataset.score,
+  low: (a, b) => a.dataset.score - b.dataset.score,
+  name: (a, b) => a.dataset.name.localeCompare(b.dataset.name),
+}};
+function update() {{
+  for (const f of figures) f.hidden = show.value && !f.dataset.tags.split("|").includes(show.value);
+  document.querySelector("main").append(...figures.sort(orders[sort.value]));
+  const shown = figures.filter((f) => !f.hidden).length;
+  document.getElementById("count").textContent = `${{shown}} of ${{figures.length}} pictures`;
+}}
+show.onchange = sort.onchange = update;
+update();
+</script>
 </html>
 """
-FIGURE = """<figure><img src="{file}" alt="" loading="lazy"><figcaption>{name}: \
-score {score:.3f}, delta {delta:.3f}, <span class="{verdict}">{verdict}</span>\
+FIGURE = """<figure data-score="{score}" data-name="{name}" data-tags="{tags}">\
+<img src="{file}" alt="" loading="lazy"><figcaption>{name}: \
+score {score:.3f}, delta {delta:.3f}, <span class="{verdict}">{verdict}</span>{mistake}\
 </figcaption></figure>"""
 
 # ---------------------------------------------------------------------------------------- heat maps
@@ -67,10 +96,15 @@ class Gallery:
         self.delta = delta
         self.scale = scale
         self.figures = []
+        self.tags = set()
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def add(self, name, image, heat, scores):
-        """image uint8 (h, w, 3), its patches' heat (P,), its scores by column; -> the PNG."""
+    def add(self, name, image, heat, scores, *, label=None):
+        """image uint8 (h, w, 3), its patches' heat (P,), its scores by column; -> the PNG.
+
+        label: 1 where it is known to be anomalous, 0 where normal. Its name then has its kind, as
+        in test/scratch/000.png.
+        """
         h, w = image.shape[:2]
         side = math.isqrt(len(heat))
         square = torch.as_tensor(heat).view(1, 1, side, side)
@@ -83,12 +117,17 @@ class Gallery:
         picture = with_caption(row, self.caption(scores, verdict))
         with runs.atomic(file) as temporary:
             picture.save(temporary, "PNG")
+        mistake = {(1, "normal"): "missed", (0, "anomalous"): "false alarm"}.get((label, verdict))
+        tags = [verdict, mistake, None if label is None else f"kind: {name.split('/')[-2]}"]
+        self.tags.update(tag for tag in tags if tag)
         figure = FIGURE.format(
             file=html.escape(file.name),
             name=html.escape(name),
+            tags=html.escape("|".join(tag for tag in tags if tag)),
             score=scores["score"],
             delta=self.delta,
             verdict=verdict,
+            mistake=f", {mistake}" if mistake else "",
         )
         self.figures.append((scores["score"], figure))
         return file
@@ -106,11 +145,14 @@ class Gallery:
         """Write the page; -> its file."""
         figures = [figure for _, figure in sorted(self.figures, key=lambda pair: -pair[0])]
         low, high = self.scale
+        values = [html.escape(tag) for tag in sorted(self.tags)]
+        choices = [f'<option value="{value}">{value}</option>' for value in values]
         page = PAGE.format(
             title=html.escape(self.title),
             delta=self.delta,
             low=low,
             high=high,
+            choices="".join(['<option value="">all</option>', *choices]),
             figures="\n".join(figures),
         )
         runs.write_text(self.folder / "index.html", page)
@@ -145,7 +187,8 @@ def write_heatmaps(folder, scored, indices):
         else:
             image = split.images[i].permute(1, 2, 0).numpy()
         values = {name: float(x[i]) for name, x in scored.scores.items() if name != "heat"}
-        gallery.add(split.names[i], image, scored.scores["heat"][i], values)
+        heat = scored.scores["heat"][i]
+        gallery.add(split.names[i], image, heat, values, label=split.labels[i])
     print(f"heat maps: {gallery.close()}")
 
 
@@ -164,11 +207,15 @@ def write_failures(scored, count):
 
 
 def write_plots(scored, auroc):
-    """RUN/histogram.svg, and RUN/roc.svg where there are images of both kinds."""
+    """RUN/training.svg, RUN/histogram.svg, and RUN/roc.svg where there are images of both kinds."""
     title = f"{scored.run.parent.name}, {scored.run.name}"
     score = scored.scores["score"].numpy()
     labels = np.array(scored.split.labels)
-    plots = {"histogram.svg": histogram(title, score, labels, float(scored.model.delta))}
+    lines = [json.loads(line) for _, line in runs.read_log(scored.run / "log.jsonl")]
+    plots = {
+        "training.svg": training_curves(title, lines),
+        "histogram.svg": histogram(title, score, labels, float(scored.model.delta)),
+    }
     if auroc is not None:
         plots["roc.svg"] = roc(title, score, labels, auroc)
     for name, text in plots.items():
@@ -194,20 +241,23 @@ class Axes:
         up = (y - y0) / (y1 - y0 or 1)
         return 60 + (self.width - 80) * across, 310 - 270 * up
 
-    def svg(self, title, x_label, y_label, *, legend, legend_y=56, x_ticks=None):
-        """The whole plot as text. legend: [(text, colour)]. x_ticks: [(x, text)], or numbers."""
+    def svg(self, title, x_label, y_label, *, legend, legend_y=56, x_ticks=None, y_ticks=None):
+        """The whole plot as text. legend: [(text, colour)]. Ticks: [(place, text)], or numbers."""
         (x0, x1), (y0, y1) = self.x_range, self.y_range
         fractions = [i / 4 for i in range(5)]
         x_ticks = x_ticks or [(x, f"{x:.3g}") for x in (x0 + (x1 - x0) * f for f in fractions)]
         ticks = []
         for x, text in x_ticks:
             left = self.at(x, y0)[0]
-            ticks.append(
-                f'<text x="{left:.1f}" y="326" text-anchor="middle">{html.escape(text)}</text>'
-            )
-        for y in (y0 + (y1 - y0) * f for f in fractions):
+            for i, line in enumerate(textwrap.wrap(text, 14)):
+                ticks.append(
+                    f'<text x="{left:.1f}" y="{326 + 13 * i}" text-anchor="middle">'
+                    f"{html.escape(line)}</text>"
+                )
+        y_ticks = y_ticks or [(y, f"{y:.3g}") for y in (y0 + (y1 - y0) * f for f in fractions)]
+        for y, text in y_ticks:
             top = self.at(x0, y)[1] + 4
-            ticks.append(f'<text x="54" y="{top:.1f}" text-anchor="end">{y:.3g}</text>')
+            ticks.append(f'<text x="54" y="{top:.1f}" text-anchor="end">{text}</text>')
         names = [
             f'<text x="{self.width - 30}" y="{legend_y + 16 * i}" text-anchor="end" '
             f'fill="{fill}">{html.escape(text)}</text>'
@@ -256,6 +306,70 @@ def histogram(title, scores, labels, delta, bins=40):
     axes.marks.append(f'<path d="M{x:.1f} {y:.1f}V310" stroke="#222" stroke-dasharray="4 3"/>')
     legend = [(name, fill) for _, name, fill in kinds] + [(f"delta {delta:.3g}", "#222")]
     return axes.svg(title, "score", "share of the images", legend=legend)
+
+
+def training_curves(title, lines):
+    """The loss, its terms, and the held-out distance over the steps, on a logarithmic scale -> SVG.
+
+    lines: those of log.jsonl, as dicts.
+    """
+    colours = {
+        "loss": "#222",
+        "distill": "#1f77b4",
+        "gram": "#2ca02c",
+        "anchor": "#9467bd",
+        "held_out_mean": "#d62728",
+    }
+    curves = {}
+    for name in colours:
+        points = [(x["step"], x[name]) for x in lines if x.get(name, 0) > 0]
+        if points:
+            curves[name] = [(step, math.log10(value)) for step, value in points]
+    steps, heights = zip(*(point for curve in curves.values() for point in curve), strict=True)
+    low, high = math.floor(min(heights)), math.ceil(max(heights))
+    axes = Axes((0, max(steps)), (low, max(high, low + 1)))
+    for name, curve in curves.items():
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (axes.at(*point) for point in curve))
+        axes.marks.append(f'<polyline fill="none" stroke="{colours[name]}" points="{points}"/>')
+    return axes.svg(
+        title,
+        "steps",
+        "loss and its terms; held-out distance",
+        legend=[(name.removesuffix("_mean"), colours[name]) for name in curves],
+        legend_y=112,
+        y_ticks=[(y, f"{10.0**y:g}") for y in range(low, high + 1)],
+    )
+
+
+def grouped_bars(title, y_label, groups, series, fills):
+    """A group of bars for each of `groups`, in it one of each series -> SVG.
+
+    series: {name: [(height, spread), one for each group]}, heights in per cent. A whisker is one
+    spread up and down.
+    """
+    least = min(height for bars in series.values() for height, _ in bars)
+    low = max(0, 10 * (least // 10) - 10)
+    width, legend_width = 80 * len(groups), 170  # pixels
+    axes = Axes((0, (width + legend_width) / 80), (low, 100), width=80 + width + legend_width)
+    for x in range(len(groups)):
+        for i, bars in enumerate(series.values()):
+            height, spread = bars[x]
+            left, top = axes.at(x + 0.1 + 0.8 * i / len(series), height)
+            right, bottom = axes.at(x + 0.1 + 0.8 * (i + 1) / len(series), low)
+            middle = (left + right) / 2
+            high, deep = axes.at(x, height + spread)[1], axes.at(x, height - spread)[1]
+            axes.marks.append(
+                f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" '
+                f'height="{bottom - top:.1f}" fill="{fills[i]}"/>'
+                f'<path d="M{middle:.1f} {high:.1f}V{deep:.1f}" stroke="#222"/>'
+            )
+    return axes.svg(
+        title,
+        "",
+        y_label,
+        legend=list(zip(series, fills, strict=False)),
+        x_ticks=[(x + 0.5, name) for x, name in enumerate(groups)],
+    )
 
 
 def roc(title, scores, labels, auroc):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import runs
 from data import CATEGORIES, slug
+from results.pictures import grouped_bars
 from runs import UserError
 
 NAMES = {
@@ -31,6 +32,7 @@ term of S_A, which needs no training: the AUROC of these alone. Nearest patch: t
 without a student, by nearest.py, where that has run. Made by `evaluate.py --report` from the JSON
 files beside this table. The runs were trained and scored by the commands below.
 """
+FILLS = {"the paper": "#9e9e9e", "nearest patch": "#fdae6b", "ours": "#1f77b4"}  # of the bars
 NUMBER = int | float | None
 NEAREST = {"category": str, "auroc": float}  # of nearest.py's results
 MADE = {"command": str, "commit": str | None, "device": str, "date": str}
@@ -131,6 +133,32 @@ def mean_over_categories(by_category, categories, key):
     return statistics.fmean(map(statistics.fmean, values))
 
 
+def chart(results, nearest=()):
+    """The paper's AUROC and ours per category that has run, and the means -> SVG."""
+    dataset = results[0]["dataset"]
+    names = list(dict.fromkeys(r["category"] for r in results))
+    names = [c for c in CATEGORIES[dataset] if c in names] or names
+    ours = [[r["auroc"] for r in results if r["category"] == c] for c in names]
+    if any(value is None for values in ours for value in values):
+        return None
+    other = {r["category"]: r["auroc"] for r in nearest}
+    series = {
+        "the paper, ViT-B/16": [paper_auroc(dataset).get(c) for c in names],
+        "nearest patch": [other.get(c) for c in names],
+    }
+    series = {name: bars for name, bars in series.items() if None not in bars}
+    bars = {name: [(x, 0) for x in [*b, statistics.fmean(b)]] for name, b in series.items()}
+    means = [statistics.fmean(x) for x in ours]
+    spreads = [statistics.stdev(x) if len(x) > 1 else 0 for x in ours]
+    bars[f"ours, {results[0]['teacher']}"] = [
+        *zip(means, spreads, strict=True),
+        (statistics.fmean(means), 0),
+    ]
+    title = f"{NAMES.get(dataset, dataset)}: image AUROC"
+    fills = [FILLS[name.split(",")[0]] for name in bars]
+    return grouped_bars(title, "%", [*names, f"mean of {len(names)}"], bars, fills)
+
+
 def how_made(results, categories):
     """Commands, commits, devices, dates; one command may have made several runs."""
     ordered = sorted(results, key=lambda r: (categories.index(r["category"]), r["seed"]))
@@ -175,26 +203,34 @@ def report(folder, run_folders):
         result = read_result(run / "result.json")
         name = f"{slug(result['category'])}_seed{result['seed']}.json"
         sources[folder / result["dataset"] / name] = run / "result.json"
-    tables = {}
+    tables, charts = {}, {}
     for dataset in sorted({path.parent for path in sources}):
         kept = sorted(path for path in sources if path.parent == dataset)
-        text = table_of_one_teacher(dataset, [read_result(sources[path]) for path in kept])
-        tables[dataset.with_suffix(".md")] = text
+        results = of_one_teacher(dataset, [read_result(sources[path]) for path in kept])
+        nearest = read_nearest(dataset)
+        tables[dataset.with_suffix(".md")] = table(results, nearest)
+        charts[dataset.with_suffix(".svg")] = chart(results, nearest)
     for path, source in sources.items():
         if path != source:
             with runs.new_folder(path.parent), runs.atomic(path) as temporary:
                 shutil.copyfile(source, temporary)
-    for path, text in tables.items():
-        runs.write_text(path, text)
+    for path, text in {**tables, **charts}.items():
+        if text is not None:
+            runs.write_text(path, text)
     return list(tables)
 
 
-def table_of_one_teacher(folder, results):
+def read_nearest(folder):
+    """The results of nearest.py that lie below a folder of results."""
+    return [runs.read_json(path, NEAREST) for path in sorted(folder.glob("nearest/*.json"))]
+
+
+def of_one_teacher(folder, results):
+    """The results, if they are."""
     if len({r["teacher_sha256"] for r in results}) > 1:
         teachers = sorted({str(r["teacher"]) for r in results})
         raise UserError(
             f"{folder}: expected the results of one teacher, got {', '.join(teachers)}: "
             f"give each its own --report"
         )
-    nearest = [runs.read_json(path, NEAREST) for path in sorted(folder.glob("nearest/*.json"))]
-    return table(results, nearest)
+    return results

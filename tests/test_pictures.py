@@ -21,7 +21,7 @@ import train
 from conftest import assert_one_sentence, call, make_category, save_vit, tiny_vit
 from evaluate import auroc, localisation, regions
 from results import curves
-from results.pictures import COLOURS, Gallery, colour, histogram, roc
+from results.pictures import COLOURS, Gallery, colour, histogram, roc, training_curves
 
 RUN = "runs/folder/own/seed0"
 
@@ -227,11 +227,18 @@ class Page(HTMLParser):
         super().__init__()
         self.tags = []
         self.images = []
+        self.tags_of = {}
+        self.choices = []
         self.text = ""
         self.feed(path.read_text())
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
+        if tag == "figure":
+            values = dict(attributes)
+            self.tags_of[values["data-name"]] = values["data-tags"].split("|")
+        if tag == "option":
+            self.choices.append(dict(attributes)["value"])
         if tag == "img":
             self.images.append(dict(attributes)["src"])
 
@@ -245,7 +252,16 @@ def test_heat_maps_of_the_test_split(world, tmp_path):
     assert result.code == 0, result.err
     assert f"heat maps: {maps / 'index.html'}" in result.out
     page = Page(maps / "index.html")
-    assert len(page.images) == 9 and "script" not in page.tags
+    assert len(page.images) == 9 and page.tags.count("script") == 1
+    assert "//" not in (maps / "index.html").read_text()  # nothing comes from elsewhere
+    delta = float(load_file(world / RUN / "model.safetensors")["delta"])
+    for name, score in read_scores(world / RUN).items():  # what each picture can be found by
+        kind = name.split("/")[-2]
+        tags = ["anomalous" if score >= delta else "normal"]
+        if (kind == "good") == (score >= delta):
+            tags.append("false alarm" if kind == "good" else "missed")
+        assert page.tags_of[name] == [*tags, f"kind: {kind}"]
+    assert {"missed", "false alarm", "kind: stain", "kind: good"} & set(page.choices)
     scores = [float(score) for score in re.findall(r": score ([\d.]+), delta", page.text)]
     assert len(scores) == 9 and scores == sorted(scores, reverse=True)  # the worst first
     picture = Image.open(maps / page.images[0])
@@ -318,9 +334,24 @@ def test_failures_are_listed_with_their_maps(world, tmp_path, delta, words, kind
 def test_plots_are_svg(world):
     result = run_evaluate(world, "--plot")
     assert result.code == 0, result.err
-    for name, word in (("histogram.svg", "delta"), ("roc.svg", "AUROC")):
+    words = {"histogram.svg": "delta", "roc.svg": "AUROC", "training.svg": "held_out"}
+    for name, word in words.items():
         root = ElementTree.parse(world / RUN / name).getroot()
         assert root.tag == "{http://www.w3.org/2000/svg}svg" and word in "".join(root.itertext())
+
+
+def test_the_training_curves():
+    """Each term where it is above 0, on a logarithmic scale."""
+    lines = [
+        {"step": 10, "loss": 10.0, "gram": 0.0},
+        {"step": 20, "loss": 1.0, "gram": 0.1},
+        {"step": 20, "held_out_mean": 0.1},
+        {"step": 20, "delta": 3.0},
+    ]
+    svg = training_curves("t", lines)
+    drawn = dict(re.findall(r'stroke="(#\w+)" points="([^"]+)"', svg))
+    assert drawn["#222"] == "260.0,40.0 460.0,175.0"  # 10, 1; the axis ends at 0.1
+    assert drawn["#2ca02c"] == drawn["#d62728"] == "460.0,310.0"
 
 
 def test_what_the_plots_draw():

@@ -1,6 +1,7 @@
 """The tables in results/: nothing in them is typed by hand."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ import train
 from conftest import ROOT, assert_one_sentence, call, make_category, run_script, save_vit, tiny_vit
 from data import CATEGORIES
 from results import anatomy, nearest
-from results.report import cell, paper, table
+from results.report import cell, chart, paper, table
 
 FOLDERS = sorted(path for path in (ROOT / "results").glob("*/*/") if list(path.glob("*.json")))
 
@@ -124,6 +125,31 @@ def test_nearest_patches_against_a_naive_loop():
     assert nearest.score(patches, patches[:9]) == pytest.approx(top)
 
 
+def heights(svg):
+    """{colour: heights of the bars in pixels}"""
+    bars = {}
+    for height, fill in re.findall(r'height="([\d.]+)" fill="(#\w{6})"/><path', svg):
+        bars.setdefault(fill, []).append(float(height))
+    return bars
+
+
+def test_the_chart_has_the_paper_and_ours_per_category_and_in_the_mean():
+    results = [
+        result_of("pill", 0, 78.1),
+        result_of("bottle", 0, 90.0),
+        result_of("bottle", 1, 100.0),
+    ]
+    low, pixels = 60, 270 / 40  # the axis begins ten below the smallest, at a full ten
+    papers, ours = heights(chart(results)).values()
+    expected = [100.0, 88.1, 94.05], [95.0, 78.1, 86.55]
+    for shown, values in zip((papers, ours), expected, strict=True):
+        assert shown == pytest.approx([(x - low) * pixels for x in values], abs=0.1)
+    one = heights(chart(results, [{"category": "pill", "auroc": 93.21}]))
+    assert len(one) == 2  # nearest patch only where all categories have it
+    both = [{"category": "pill", "auroc": 93.21}, {"category": "bottle", "auroc": 99.0}]
+    assert len(heights(chart(results, both))) == 3
+
+
 def test_cell():
     assert cell([]) == "" and cell([None]) == "" and cell([99.756]) == "99.76"
     assert cell([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
@@ -136,6 +162,7 @@ def test_the_tables_follow_from_the_results_beside_them(folder):
         for pattern in ("*.json", "nearest/*.json")
     )
     assert folder.with_suffix(".md").read_text() == table(results, others)
+    assert folder.with_suffix(".svg").read_text() == chart(results, others)
     assert {r["teacher_sha256"] for r in others} <= {r["teacher_sha256"] for r in results}
 
 
