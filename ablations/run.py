@@ -325,7 +325,7 @@ def bars(figure, rows):
             (statistics.fmean(x), statistics.stdev(x) if len(x) > 1 else 0) for x in of_groups
         ]
     names = [category or "mean" for category in groups]
-    return grouped_bars(f"Figure {figure}", "image AUROC, %", names, series, FILLS)
+    return grouped_bars(f"Figure {figure}", names, series, FILLS)
 
 
 # ------------------------------------------------------------------------------------ command line

@@ -341,11 +341,10 @@ def training_curves(title, lines):
     )
 
 
-def grouped_bars(title, y_label, groups, series, fills):
+def grouped_bars(title, groups, series, fills):
     """A group of bars for each of `groups`, in it one of each series -> SVG.
 
-    series: {name: [(height, spread), one for each group]}, heights in per cent. A whisker is one
-    spread up and down.
+    series: {name: [(AUROC in %, spread), one for each group]}. A whisker is one spread up and down.
     """
     least = min(height for bars in series.values() for height, _ in bars)
     low = max(0, 10 * (least // 10) - 10)
@@ -366,7 +365,7 @@ def grouped_bars(title, y_label, groups, series, fills):
     return axes.svg(
         title,
         "",
-        y_label,
+        "image AUROC, %",
         legend=list(zip(series, fills, strict=False)),
         x_ticks=[(x + 0.5, name) for x, name in enumerate(groups)],
     )

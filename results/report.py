@@ -154,9 +154,9 @@ def chart(results, nearest=()):
         *zip(means, spreads, strict=True),
         (statistics.fmean(means), 0),
     ]
-    title = f"{NAMES.get(dataset, dataset)}: image AUROC"
+    title = NAMES.get(dataset, dataset)
     fills = [FILLS[name.split(",")[0]] for name in bars]
-    return grouped_bars(title, "%", [*names, f"mean of {len(names)}"], bars, fills)
+    return grouped_bars(title, [*names, f"mean of {len(names)}"], bars, fills)
 
 
 def how_made(results, categories):
