@@ -5,12 +5,18 @@
 
 prints a Markdown table with a column per run, on the complete test split. It has the image AUROC in
 % of variants of the score: single layers, class token and patches, other k of Eq. 9, other weights
-of S_A. Where there are masks, it has how much of the k hottest patches of Eq. 9 lies on the defect.
+of S_A, Diff less its mean over the normal images that training held out, over its deviation there.
+Where there are masks, it has how much of the k hottest patches of Eq. 9 lies on the defect.
+
+A second table is of the held-out normal images alone. It has the mean of Diff over the patches, its
+deviation, and of runs that differ in the seed which share of its variance is the seed's: noise of
+the student.
 """
 
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 if __name__ == "__main__":
     import _root  # noqa: F401 (puts the repository on the path)
@@ -19,8 +25,9 @@ import torch
 import torch.nn.functional as F
 
 import runs
-from data import test_split
+from data import test_split, train_split
 from evaluate import auroc, find_runs
+from train import hold_out
 from vitad import diff, score_a, score_d
 
 SCORE = "S_D + S_A (Eq. 10)"
@@ -63,6 +70,44 @@ def variants(diffs, s_a, top_k):
     return scores
 
 
+def held_out_diffs(model, settings):
+    """{c: Diff_c (n, 1 + P)} of the normal images that training held out, or None."""
+    if not settings.get("holdout"):
+        return None
+    place = (settings["dataset"], settings["data_root"], settings["category"])
+    images = train_split(*place, model.teacher.image_size).images
+    _, index = hold_out(SimpleNamespace(**settings), len(images))
+    return score_parts(model, images[index])[0]
+
+
+def standardise(diffs, normal, per_position):
+    """Diff less its mean over normal images, over its deviation there: {c: (n, 1 + P)} -> the same.
+
+    Mean and deviation are of every position, or of all patches of a layer and of its class token.
+    """
+    result = {}
+    for c, d in diffs.items():
+        mean, std = normal[c].mean(dim=0), normal[c].std(dim=0)  # (1 + P,)
+        if not per_position:
+            mean[1:], std[1:] = normal[c][:, 1:].mean(), normal[c][:, 1:].std()
+        result[c] = (d - mean) / std
+    return result
+
+
+def noise(diffs):
+    """Diffs of several students on the same images, {c: (n, 1 + P)} each -> {c: share of variance}.
+
+    The share of a patch's variance, over images and students, that is between the students: the
+    mean over the patches of the one over that of the other.
+    """
+    shares = {}
+    for c in diffs[0]:
+        x = torch.stack([d[c][:, 1:] for d in diffs])  # (students, n, P)
+        between = x.var(dim=0, correction=0).mean()
+        shares[c] = (between / x.flatten(0, 1).var(dim=0, correction=0).mean()).item()
+    return shares
+
+
 def on_the_defect(diffs, masks, chosen, top_k):
     """Shares in % of patches that touch the mask: of all, and of each layer's k hottest.
 
@@ -80,9 +125,8 @@ def on_the_defect(diffs, masks, chosen, top_k):
     return shares
 
 
-def column(run, model):
-    """One run's column of the table, {row: number}."""
-    settings = runs.read_config(run)["settings"]
+def column(settings, model, normal):
+    """One run's column of the table, {row: number}. normal: see `held_out_diffs`."""
     split = test_split(
         settings["dataset"],
         settings["data_root"],
@@ -91,6 +135,10 @@ def column(run, model):
     )
     diffs, s_a = score_parts(model, split.images)
     scores = variants(diffs, s_a, model.top_k)
+    if normal is not None:
+        for name, per_position in (("layer", False), ("layer and position", True)):
+            cls, patches = score_d(standardise(diffs, normal, per_position), model.top_k)
+            scores[f"S_D, standardised per {name}"] = cls + patches
     numbers = {name: auroc(values, split.labels) for name, values in scores.items()}
     if split.masks is None:
         return numbers
@@ -102,23 +150,47 @@ def column(run, model):
     return numbers
 
 
+def noise_table(names, normals, settings):
+    """Markdown of what Diff is on held-out normal images, a row per layer and run."""
+    lines = [
+        "| run | layer | mean of Diff | deviation | share that is the seed's |",
+        "|---" * 5 + "|",
+    ]
+    for i, diffs in enumerate(normals):
+        same = [
+            other
+            for other, s in zip(normals, settings, strict=True)
+            if {**s, "seed": 0} == {**settings[i], "seed": 0}
+        ]
+        shares = noise(same) if len(same) > 1 else {}
+        for c, d in diffs.items():
+            share = f"{100 * shares[c]:.0f} %" if shares else ""
+            row = [names[i], c, f"{d[:, 1:].mean():.3f}", f"{d[:, 1:].std():.3f}", share]
+            lines.append(f"| {' | '.join(map(str, row))} |")
+    return "\n".join(lines)
+
+
 @runs.script
 def main(argv):
     parser = runs.Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="complete run folders")
     args = parser.parse_args(argv)
-    columns, teacher = [], None
+    columns, normals, settings, teacher = [], [], [], None
     runs.set_tf32("fp32")
     for run in find_runs(args.runs, out=None):
         model = runs.load(run, teacher=teacher)
         teacher = model.teacher
-        columns.append(column(run, model))
+        settings.append(runs.read_config(run)["settings"])
+        normals.append(held_out_diffs(model, settings[-1]))
+        columns.append(column(settings[-1], model, normals[-1]))
     names = [f"{run.parent.name} {run.name}" for run in args.runs]
     print(f"| score | {' | '.join(names)} |")
     print("|---" + "|---" * len(columns) + "|")
     for name in columns[0]:
         cells = [f"{numbers[name]:.2f}" if name in numbers else "" for numbers in columns]
         print(f"| {name} | {' | '.join(cells)} |")
+    if None not in normals:
+        print(f"\n{noise_table(names, normals, settings)}")
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ def main(argv):
     device = runs.pick_device(args.device)
     runs.set_tf32("fp32")
     teacher = runs.load_teacher(ensure_weights(args.weights)).to(device)
+    runs.check_teacher({"layers": LAYERS, "top_k": 1}, teacher)
     normal = train_split(args.dataset, root, category, teacher.image_size).images
     memory = fill_memory(teacher, normal, LAYERS, args.memory)
     test = test_split(args.dataset, root, category, teacher.image_size)

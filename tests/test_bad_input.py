@@ -25,7 +25,7 @@ import evaluate
 import train
 from ablations import run as ablations
 from conftest import assert_one_sentence, call, make_category, save_vit, tiny_vit
-from results import anatomy, curves
+from results import anatomy, curves, nearest
 from weights import convert, train_demo_teacher
 
 TEACHER = "teacher.safetensors"
@@ -48,6 +48,10 @@ SCRIPTS = {  # what comes before a row's arguments
     "demo teacher": (train_demo_teacher.main, "--steps 1 --batch-size 1 --out new.safetensors"),
     "anatomy": (anatomy.main, ""),
     "curves": (curves.main, ""),
+    "nearest": (
+        nearest.main,
+        f"--dataset mvtec --category bottle --data-root data --weights {TEACHER} --out new",
+    ),
 }
 
 
@@ -264,6 +268,16 @@ OPTIONS = [
     ("curves", None, "", "expected runs or --category, got neither"),
     ("curves", None, "--category nothing", "expected runs of nothing with deit_tiny ... got none"),
     ("curves", None, f"{RUN} --category nothing", "expected runs of nothing ... got none"),
+    ("nearest", None, "--memory 0", "--memory: expected at least 1, got 0"),
+    ("nearest", None, "--memory x", "--memory ... 'x'"),
+    ("nearest", None, "--category botle", "--category: expected a category ... got 'botle'"),
+    ("nearest", None, "--category all", "--category: expected a category ... got 'all'"),
+    ("nearest", None, "--dataset folder", "--dataset ... 'folder'"),
+    ("nearest", None, "--weights nowhere.safetensors", "nowhere.safetensors ... no such file"),
+    ("nearest", cut(TEACHER), "", "teacher.safetensors: expected a safetensors file ... truncated"),
+    ("nearest", None, "--data-root nowhere", "nowhere/bottle: expected train/good/*"),
+    ("nearest", put(f"{STAIN}/000.png"), "", "000.png: expected an image ... does not decode"),
+    ("nearest", None, f"--out {TEACHER}", "teacher.safetensors"),
 ]
 
 PICTURES = [

@@ -230,4 +230,35 @@ def test_the_anatomy_of_a_run(world):
         ("S_A", "auroc_score_a"),
     ):
         assert rows[name] == [f"{result[key]:.2f}"], name
+    assert "S_D, standardised per layer and position" in rows
     assert_one_sentence(call(anatomy.main, cwd=world), "required: RUN")
+
+
+def test_the_noise_of_two_students(world):
+    """The second table: the seeds of one category against one another, on held-out images."""
+    seeds = [f"runs/folder/own/seed{seed}" for seed in (0, 1)]
+    result = call(anatomy.main, *seeds, cwd=world)
+    assert result.code == 0, result.err
+    [_, table] = result.out.split("\n\n")
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert len(rows) == 2 * 4
+    assert rows[0][-1] == rows[4][-1] and rows[0][-1].endswith("% |")
+
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(50, 10, generator=generator)
+    own = torch.randn(2, 50, 10, generator=generator)
+    assert anatomy.noise([{3: common}, {3: common}]) == {3: 0}
+    assert anatomy.noise([{3: own[0]}, {3: own[1]}])[3] == pytest.approx(0.5, abs=0.05)
+    mixed = anatomy.noise([{3: common + own[0]}, {3: common + own[1]}])
+    assert mixed[3] == pytest.approx(0.25, abs=0.05)
+
+
+def test_standardised_diffs():
+    normal = torch.tensor([[1.0, 2.0, 10.0], [3.0, 4.0, 14.0], [5.0, 6.0, 18.0]])
+    test = torch.tensor([[5.0, 8.0, 8.0]])
+    per_position = anatomy.standardise({3: test}, {3: normal}, per_position=True)[3]
+    torch.testing.assert_close(per_position, torch.tensor([[1.0, 2.0, -1.5]]))
+    per_layer = anatomy.standardise({3: test}, {3: normal}, per_position=False)[3]
+    patches = normal[:, 1:]
+    expected = (8 - patches.mean()) / patches.std()
+    torch.testing.assert_close(per_layer, torch.tensor([[1.0, expected, expected]]))
