@@ -17,7 +17,6 @@ import difflib
 import hashlib
 import io
 import math
-import os
 import sys
 import threading
 import warnings
@@ -31,7 +30,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 
-from runs import UserError, atomic
+from runs import UserError, atomic, cache_folder, one_at_a_time
 from weights.demo_washers import draw_washers
 
 # Categories are in the order of the paper's tables, which is the official one but for MVTec AD.
@@ -264,7 +263,8 @@ def read_official(dataset, root, train):
     """
     name = SMALL[dataset].reader
     try:
-        data = getattr(torchvision.datasets, name)(root, train=train, download=True)
+        with one_at_a_time("data"):
+            data = getattr(torchvision.datasets, name)(root, train=train, download=True)
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -464,8 +464,7 @@ def cache_file(folder, paths, shape):
             raise undecodable(path, error.strerror, "replace or remove it") from None
         stats.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
     digest = hashlib.sha256(repr((shape, stats)).encode()).hexdigest()[:24]
-    caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return caches / "vitad" / f"{slug(folder.name)}-{digest}.npy"
+    return cache_folder() / f"{slug(folder.name)}-{digest}.npy"
 
 
 def decoded(paths, size, shape):

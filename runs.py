@@ -12,12 +12,14 @@ import argparse
 import contextlib
 import csv
 import datetime
+import errno
 import functools
 import importlib.metadata
 import json
 import operator
 import os
 import platform
+import secrets
 import shlex
 import signal
 import subprocess
@@ -187,7 +189,7 @@ def atomic(path):
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: expected a file's name, got a folder")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.{os.getpid()}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; safetensors writes owner-only files
@@ -290,8 +292,9 @@ def new_folder(folder):
 def lock(run):
     """Yields whether the run folder is this process's alone until the block ends.
 
-    The kernel frees the lock however a process ends. On NFS it holds between machines too, but for
-    mounts with the option `nolock`.
+    The kernel frees the lock however a process ends. On NFS Linux asks the server for it, so it
+    should hold between machines, but for mounts with the option `nolock`. On a file system without
+    locks that is said, and the run goes on.
     """
     with new_folder(run):
         if fcntl is None:
@@ -315,17 +318,49 @@ def flock(file):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
     except (BlockingIOError, FileNotFoundError):
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(f"note: {file.name}: this file system has no locks", file=sys.stderr)
+        return True
 
 
-def is_complete(run, settings, existing):
+@contextlib.contextmanager
+def one_at_a_time(name):
+    """Waits until no other process is in such a block of this name. For downloads."""
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # as without locks
+                cache_folder().mkdir(parents=True, exist_ok=True)
+                path = cache_folder() / f"{name}.lock"
+                fcntl.flock(stack.enter_context(path.open("a")), fcntl.LOCK_EX)
+        yield
+
+
+def cache_folder():
+    """What may be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitad"
+
+
+def is_locked(run):
+    """Whether a process has the run folder. Of one that has not, nothing changes."""
+    path = run / ".lock"
+    if fcntl is None or not path.is_file():
+        return False
+    with open(path, "a") as file:
+        return not flock(file)
+
+
+def is_complete(run, settings, existing, locked=False):
     """Whether the run folder holds a complete run of these settings (a dict).
 
-    existing: what to do with a run that is there, "resume", "overwrite" or None. Refused are a run
-    of other settings, and an unfinished run where it is None.
+    existing: what to do with a run that is there, "resume" or None. Refused are a run of other
+    settings, and where it is None an unfinished run, unless another process is at it. locked: this
+    process is.
     """
     complete = (run / "model.safetensors").is_file()
     begun = (run / "checkpoint.safetensors").is_file()
-    if existing == "overwrite" or not (complete or begun):
+    if not (complete or begun):
         return False
     different = differences(read_config(run)["settings"], settings)
     if different:
@@ -333,7 +368,7 @@ def is_complete(run, settings, existing):
             f"{run}: expected the settings of the run that is there, got {', '.join(different)}: "
             f"choose another --out, or --overwrite to start again"
         )
-    if not complete and existing != "resume":
+    if not complete and existing != "resume" and (locked or not is_locked(run)):
         raise UserError(
             f"{run}: expected --resume, to continue the unfinished run that is there, "
             f"or --overwrite, to start again, got neither"
@@ -365,6 +400,9 @@ def begin_run(run, config):
             "log.jsonl",
             "scores.csv",
             "result.json",
+            "training.svg",
+            "histogram.svg",
+            "roc.svg",
         ):
             (run / name).unlink(missing_ok=True)
 

@@ -192,14 +192,14 @@ def calibrate(normal_scores):
     """Eq. 10's delta: of 100 new normal images, about one scores more. The paper gives no rule.
 
     (n,), n > 1 -> scalar, from normal images, best such as the student was not trained on.
-      n >= 100: the 0.99 quantile.
+      n >= 100: the score of rank 0.99 (n + 1), which lies between two of them.
       fewer: their quantile is about their maximum, which one new image in n + 1 exceeds. So
         mean + t sqrt(1 + 1/n) std, with t the 0.99 quantile of Student's distribution with n - 1
         degrees of freedom. One new image in 100 exceeds it, if scores are normally distributed.
     """
     n = len(normal_scores)
     if n >= 100:
-        return torch.quantile(normal_scores, 0.99)
+        return torch.quantile(normal_scores, (0.99 * (n + 1) - 1) / (n - 1))
     return normal_scores.mean() + student_t(n - 1) * math.sqrt(1 + 1 / n) * normal_scores.std()
 
 

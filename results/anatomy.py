@@ -103,7 +103,7 @@ def noise(diffs):
     shares = {}
     for c in diffs[0]:
         x = torch.stack([d[c][:, 1:] for d in diffs])  # (students, n, P)
-        between = x.var(dim=0, correction=0).mean()
+        between = x.var(dim=0).mean()
         shares[c] = (between / x.flatten(0, 1).var(dim=0, correction=0).mean()).item()
     return shares
 

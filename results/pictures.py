@@ -36,8 +36,8 @@ select {{ font: inherit; max-width: 100% }}
 </style>
 <h1>{title}</h1>
 <p>delta is {delta:.3f}. Each picture shows the image, the heat of its patches (Diff summed over the
-layers), and both together. Black is the usual heat of a normal image ({low:.2f}), red the most that
-99 % of normal images reach anywhere ({high:.2f}), yellow twice as far and beyond.</p>
+layers), and both together. Black is the usual heat of a normal image ({low:.2f}), red what one
+normal image in 100 should exceed anywhere ({high:.2f}), yellow twice as far and beyond.</p>
 <p><label>Show <select id="show">{choices}</select></label>
 <label>Sort by <select id="sort"><option value="high">highest score</option>
 <option value="low">lowest score</option><option value="name">name</option></select></label>
@@ -207,15 +207,15 @@ def write_failures(scored, count):
 
 
 def write_plots(scored, auroc):
-    """RUN/training.svg, RUN/histogram.svg, and RUN/roc.svg where there are images of both kinds."""
+    """RUN/histogram.svg, roc.svg if there are images of both kinds, training.svg if a log."""
     title = f"{scored.run.parent.name}, {scored.run.name}"
     score = scored.scores["score"].numpy()
     labels = np.array(scored.split.labels)
-    lines = [json.loads(line) for _, line in runs.read_log(scored.run / "log.jsonl")]
-    plots = {
-        "training.svg": training_curves(title, lines),
-        "histogram.svg": histogram(title, score, labels, float(scored.model.delta)),
-    }
+    plots = {"histogram.svg": histogram(title, score, labels, float(scored.model.delta))}
+    log = scored.run / "log.jsonl"
+    lines = [json.loads(line) for _, line in runs.read_log(log)] if log.is_file() else []
+    if any("loss" in line for line in lines):
+        plots["training.svg"] = training_curves(title, lines)
     if auroc is not None:
         plots["roc.svg"] = roc(title, score, labels, auroc)
     for name, text in plots.items():

@@ -34,7 +34,7 @@ files beside this table. The runs were trained and scored by the commands below.
 """
 FILLS = {"the paper": "#9e9e9e", "nearest patch": "#fdae6b", "ours": "#1f77b4"}  # of the bars
 NUMBER = int | float | None
-NEAREST = {"category": str, "auroc": float}  # of nearest.py's results
+NEAREST = {"category": str, "auroc": float, "teacher": str, "teacher_sha256": str}
 MADE = {"command": str, "commit": str | None, "device": str, "date": str}
 RESULT = {  # what is read of a result.json, as runs.check_values has it
     "dataset": list(CATEGORIES),
@@ -207,7 +207,7 @@ def report(folder, run_folders):
     for dataset in sorted({path.parent for path in sources}):
         kept = sorted(path for path in sources if path.parent == dataset)
         results = of_one_teacher(dataset, [read_result(sources[path]) for path in kept])
-        nearest = read_nearest(dataset)
+        nearest = of_one_teacher(dataset, [*read_nearest(dataset), results[0]])[:-1]
         tables[dataset.with_suffix(".md")] = table(results, nearest)
         charts[dataset.with_suffix(".svg")] = chart(results, nearest)
     for path, source in sources.items():

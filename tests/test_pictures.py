@@ -261,7 +261,7 @@ def test_heat_maps_of_the_test_split(world, tmp_path):
         if (kind == "good") == (score >= delta):
             tags.append("false alarm" if kind == "good" else "missed")
         assert page.tags_of[name] == [*tags, f"kind: {kind}"]
-    assert {"missed", "false alarm", "kind: stain", "kind: good"} & set(page.choices)
+    assert {"kind: stain", "kind: good"} <= set(page.choices)
     scores = [float(score) for score in re.findall(r": score ([\d.]+), delta", page.text)]
     assert len(scores) == 9 and scores == sorted(scores, reverse=True)  # the worst first
     picture = Image.open(maps / page.images[0])

@@ -4,9 +4,11 @@ In the end their weights are those of a run that nothing happened to.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import multiprocessing
+import os
 import random
 import signal
 import time
@@ -116,7 +118,8 @@ def stop_run(world, out, *options, step=2, number=signal.SIGTERM):
         (),
         ("--anchor", "ema", "--optimizer", "sgd", "--momentum", 0),
         ("--optimizer", "sgd", "--holdout", 0.3),
-        ("--optimizer", "adamw", "--layers", "1"),  # blocks that learn nothing, too
+        ("--layers", "1"),  # blocks that learn nothing, too
+        ("--optimizer", "adamw"),
         ("--cache", "disk", "--precision", "bf16"),
         ("--cache", "off"),
     ],
@@ -229,6 +232,17 @@ def test_an_unfinished_run_is_not_begun_again_unasked(world, tmp_path):
     assert result.code == 0 and "continues" not in result.out
 
 
+@pytest.mark.parametrize("name", ["images", "epochs", "lr"])
+def test_resume_refuses_what_would_change_the_rest(world, tmp_path, name):
+    """What the settings leave open, and the run has found out."""
+    stop_run(world, tmp_path)
+    path = tmp_path / RUN / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, name: config[name] + 1}))
+    result = run_train(world, tmp_path, "--resume")
+    assert_one_sentence(result, f"expected to go on with {name} {config[name] + 1}")
+
+
 def test_resume_refuses_another_teacher(world, tmp_path):
     teacher = tmp_path / "changing.safetensors"
     teacher.write_bytes((world / "teacher.safetensors").read_bytes())
@@ -322,20 +336,44 @@ def timeless_log(folder):
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(world, tmp_path):
-    with runs.lock(tmp_path / RUN) as ours:
-        assert ours
-        for options in ((), ("--resume",), ("--overwrite",)):
-            result = run_train(world, tmp_path, *options)
-            assert_one_sentence(result, "expected a run that no other process trains", RUN)
-        (tmp_path / RUN / "checkpoint.safetensors").touch()  # it has got so far
-        assert_one_sentence(run_train(world, tmp_path), "no other process trains")
+    """Before its first checkpoint and after it."""
+    for _ in range(2):
+        with runs.lock(tmp_path / RUN) as ours:
+            assert ours
+            for options in ((), ("--resume",), ("--overwrite",)):
+                result = run_train(world, tmp_path, *options)
+                assert_one_sentence(result, "expected a run that no other process trains", RUN)
+        if not (tmp_path / RUN / "checkpoint.safetensors").exists():
+            stop_run(world, tmp_path)
+    with runs.lock(tmp_path / RUN):
         result = run_train(world, tmp_path, "--seeds", "0,1")
-        assert result.code == 0, result.err
-        assert result.out.count("done;") == 1
-        assert result.out.endswith(f"left to other processes, which train them: {tmp_path / RUN}\n")
+    assert result.code == 0, result.err
+    assert result.out.count("done;") == 1
+    assert result.out.endswith(f"left to other processes, which train them: {tmp_path / RUN}\n")
     assert not (tmp_path / RUN / ".lock").exists()
-    (tmp_path / RUN / "checkpoint.safetensors").unlink()
-    assert run_train(world, tmp_path).code == 0
+    assert run_train(world, tmp_path, "--resume").code == 0
+
+
+def test_overwrite_takes_what_another_process_of_the_command_has_done(world, tmp_path, monkeypatch):
+    """A run that becomes complete after the command has begun is not begun again."""
+    assert run_train(world, tmp_path, "--seeds", "0,1").code == 0
+    result = run_train(world, tmp_path, "--seeds", "0,1", "--overwrite")
+    assert result.code == 0 and result.out.count("done;") == 2
+    first = tmp_path / RUN / "model.safetensors"
+    monkeypatch.setattr(train.time, "time", lambda: first.stat().st_mtime)
+    result = run_train(world, tmp_path, "--seeds", "0,1", "--overwrite")
+    assert result.code == 0 and "done;" not in result.out
+    assert result.out.count("complete, nothing to do") == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks(world, tmp_path, monkeypatch, number):
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    result = run_train(world, tmp_path)
+    assert result.code == 0 and "this file system has no locks" in result.err
 
 
 def test_a_run_that_fails_leaves_no_folder(world, tmp_path):

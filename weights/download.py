@@ -24,7 +24,7 @@ import torch
 if __name__ == "__main__":
     import _root  # noqa: F401 (puts the repository on the path)
 
-from runs import WEIGHTS, Parser, UserError, load_teacher, script, weights_path
+from runs import WEIGHTS, Parser, UserError, load_teacher, one_at_a_time, script, weights_path
 from vit import sha256
 from weights import convert
 
@@ -124,6 +124,14 @@ def ensure_weights(weights, folder=WEIGHTS):
         return path
     if name not in PUBLISHED:
         raise UserError(f"weights: {unknown(name, folder)}")
+    with one_at_a_time("weights"):
+        if not path.is_file():  # else another process has done it meanwhile
+            fetch(name, folder, path)
+    return path
+
+
+def fetch(name, folder, path):
+    """Download a published checkpoint, unless it lies there, and convert it to `path`."""
     published = PUBLISHED[name]
     original = folder / "original" / f"{name}{Path(published.url).suffix}"
     by_hand = original.is_file()
@@ -139,7 +147,6 @@ def ensure_weights(weights, folder=WEIGHTS):
         original.unlink()
         raise failure(original, published, error) from None
     print("\n".join(lines), flush=True)
-    return path
 
 
 def convert_checked(original, path, published):
