@@ -555,7 +555,7 @@ RUNS = [
     ("again", None, "--resume --epochs 3", "expected the settings ... epochs 2 -> 3"),
     ("again", put(f"{RUN}/config.json"), "", f"{RUN}/config.json: expected a JSON object, got"),
     ("again", gone(f"{RUN}/config.json"), "", f"{RUN}/config.json: No such file or directory"),
-    ("again", put(f"{RUN}/.lock/a"), "", f"{RUN}/.lock: Is a directory"),
+    ("again", put(f"{RUN}/.lock/a"), "--overwrite", f"{RUN}/.lock: Is a directory"),
     ("train", None, "--out halted", f"{HALTED}: expected --resume, to continue"),
     ("resume", None, "--seed 0 --batch-size 2", "expected the settings ... batch_size 4 -> 2"),
     (
