@@ -429,7 +429,7 @@ def test_unknown_categories(dataset, text, words):
 def test_the_demo_is_the_same_every_time_and_looks_as_labelled():
     train, test = both_splits("demo", None, "washer")
     again = data.test_split("demo", None, "washer")
-    assert train.images.shape == (56, 3, 224, 224) and train.images.dtype == torch.uint8
+    assert train.images.shape == (80, 3, 224, 224) and train.images.dtype == torch.uint8
     assert not any(train.labels)
     assert torch.equal(test.images, again.images)
     assert test.labels == [int("/good/" not in name) for name in test.names]
