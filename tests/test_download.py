@@ -8,6 +8,7 @@ import io
 import re
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -123,6 +124,14 @@ def files(folder):
 
 
 # ------------------------------------------------------------------------------------ downloads
+
+
+def test_several_processes_download_once(server, published, tmp_path):
+    """The others wait. Threads stand for processes: each opens the lock's file anew."""
+    with ThreadPoolExecutor(3) as pool:
+        paths = list(pool.map(lambda _: ensure_weights("tiny", tmp_path), range(3)))
+    assert set(paths) == {tmp_path / "tiny.safetensors"} and server.requests == 1
+    assert load_vit(paths[0]).config["depth"] == 2
 
 
 @pytest.mark.parametrize("digits", [64, 8, 0])
