@@ -103,11 +103,9 @@ def draw(rows, title):
     steps, distances = zip(*(point for run in points.values() for point in run), strict=True)
     axes = Axes((min(steps), max(steps)), (min(distances), max(distances)))
     for (_, optimizer), run in points.items():
-        pixels = [axes.at(*point) for point in run]
-        curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
-        x, y = pixels[-1]
+        axes.line(run, COLOURS[optimizer])
+        x, y = axes.at(*run[-1])
         axes.marks.append(
-            f'<polyline fill="none" stroke="{COLOURS[optimizer]}" points="{curve}"/>'
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{COLOURS[optimizer]}"/>'
         )
     low, high = math.ceil(min(steps)), math.floor(max(steps))

@@ -241,6 +241,13 @@ class Axes:
         up = (y - y0) / (y1 - y0 or 1)
         return 60 + (self.width - 80) * across, 310 - 270 * up
 
+    def line(self, points, colour, width=1):
+        """A mark: a line through points of the data."""
+        pixels = " ".join(f"{x:.2f},{y:.2f}" for x, y in (self.at(*point) for point in points))
+        self.marks.append(
+            f'<polyline fill="none" stroke="{colour}" stroke-width="{width}" points="{pixels}"/>'
+        )
+
     def svg(self, title, x_label, y_label, *, legend, legend_y=56, x_ticks=None, y_ticks=None):
         """The whole plot as text. legend: [(text, colour)]. Ticks: [(place, text)], or numbers."""
         (x0, x1), (y0, y1) = self.x_range, self.y_range
@@ -329,8 +336,7 @@ def training_curves(title, lines):
     low, high = math.floor(min(heights)), math.ceil(max(heights))
     axes = Axes((0, max(steps)), (low, max(high, low + 1)))
     for name, curve in curves.items():
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (axes.at(*point) for point in curve))
-        axes.marks.append(f'<polyline fill="none" stroke="{colours[name]}" points="{points}"/>')
+        axes.line(curve, colours[name])
     return axes.svg(
         title,
         "steps",
@@ -380,8 +386,7 @@ def roc(title, scores, labels, auroc):
         points.append((float(above[labels == 0].mean()), float(above[labels == 1].mean())))
     (left, bottom), (right, top) = axes.at(0, 0), axes.at(1, 1)
     axes.marks.append(f'<path d="M{left} {bottom}L{right} {top}" stroke="#bbb"/>')
-    curve = " ".join(f"{x:.2f},{y:.2f}" for x, y in (axes.at(*point) for point in points))
-    axes.marks.append(f'<polyline fill="none" stroke="#d62728" stroke-width="2" points="{curve}"/>')
+    axes.line(points, "#d62728", width=2)
     return axes.svg(
         title,
         "false alarms, share of normal images",

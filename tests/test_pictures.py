@@ -349,9 +349,9 @@ def test_the_training_curves():
         {"step": 20, "delta": 3.0},
     ]
     svg = training_curves("t", lines)
-    drawn = dict(re.findall(r'stroke="(#\w+)" points="([^"]+)"', svg))
-    assert drawn["#222"] == "260.0,40.0 460.0,175.0"  # 10, 1; the axis ends at 0.1
-    assert drawn["#2ca02c"] == drawn["#d62728"] == "460.0,310.0"
+    drawn = dict(re.findall(r'stroke="(#\w+)" stroke-width="1" points="([^"]+)"', svg))
+    assert drawn["#222"] == "260.00,40.00 460.00,175.00"  # 10, 1; the axis ends at 0.1
+    assert drawn["#2ca02c"] == drawn["#d62728"] == "460.00,310.00"
 
 
 def test_what_the_plots_draw():
