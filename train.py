@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -524,37 +525,44 @@ class Muon(torch.optim.Muon):
             super().step()
             return
         for group in self.param_groups:
-            momentum, decay = group["momentum"], 1 - group["lr"] * group["weight_decay"]
+            by_shape = defaultdict(list)
             for p in group["params"]:
-                if p.grad is None:  # a block behind the last tapped one
-                    continue
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p.grad)
-                average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                update = orthogonalise(p.grad.lerp(average, momentum), group)  # Nesterov's
-                p.mul_(decay)
-                p.add_(update, alpha=-group["lr"] * (0.2 * math.sqrt(max(p.shape))))
+                if p.grad is not None:  # it is None in a block behind the last tapped one
+                    by_shape[p.shape].append(p)
+            for shape, matrices in by_shape.items():
+                averages = torch.stack([self.average(p, group) for p in matrices])
+                for p, update in zip(matrices, orthogonalise(averages, group), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * (0.2 * math.sqrt(max(shape))))
+
+    def average(self, p, group):
+        """Nesterov's average of a matrix's gradients."""
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p.grad)
+        average = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+        return p.grad.lerp(average, group["momentum"])
 
 
 def orthogonalise(x, group):
-    """Newton-Schulz: a matrix -> roughly U V^T of its singular value decomposition U S V^T.
+    """Newton-Schulz: matrices (n, rows, columns) -> of each roughly U V^T of its U S V^T.
 
     A step is X <- (a + b A + c A^2) X with A = X X^T. All steps' polynomials are of the first A, so
     they are multiplied with one another, small as A is, and with X once.
     """
     a, b, c = group["ns_coefficients"]
-    wide = x if x.shape[0] <= x.shape[1] else x.T
-    wide = wide / wide.norm().clamp(min=group["eps"])
-    square = wide @ wide.T
-    product = torch.eye(len(square), device=x.device)
-    for _ in range(group["ns_steps"]):
-        polynomial = torch.addmm(square, square, square, beta=b, alpha=c)  # b A + c A^2
-        polynomial.diagonal().add_(a)
-        product = polynomial @ product
-        square = polynomial @ square @ polynomial
+    wide = x if x.shape[1] <= x.shape[2] else x.mT
+    wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=group["eps"])
+    square = wide @ wide.mT
+    product = None
+    for left in reversed(range(group["ns_steps"])):
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)  # b A + c A^2
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        product = polynomial if product is None else polynomial @ product
+        if left:
+            square = polynomial @ square @ polynomial
     wide = product @ wide
-    return wide if x.shape[0] <= x.shape[1] else wide.T
+    return wide if x.shape[1] <= x.shape[2] else wide.mT
 
 
 class StopSignals:

@@ -155,9 +155,9 @@ def test_images_held_out_depend_on_the_category_and_not_on_the_seed():
 
 
 def matrices():
-    """A wide and a tall one, with five gradients each."""
+    """A wide one and two tall ones, with five gradients each."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((12, 40), (40, 12))
+    shapes = ((12, 40), (40, 12), (40, 12))
     values = [torch.randn(shape, generator=generator) for shape in shapes]
     gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(5)]
     return values, gradients
@@ -188,7 +188,7 @@ def test_muon_is_torchs_and_in_float32_differs_by_rounding_alone(decay):
             assert (x - y).norm() / y.norm() < (1e-6 if bf16 else 0.02)
     for change in ({"lr": 0.012}, {"weight_decay": decay + 0.5}):  # the comparison can fail
         options = {"lr": 0.01, "weight_decay": decay, **change}
-        [x, _] = five_steps(lambda p, options=options: train.Muon(p, bf16=False, **options))
+        [x, *_] = five_steps(lambda p, options=options: train.Muon(p, bf16=False, **options))
         assert (x - expected[0]).norm() / expected[0].norm() > 0.02
 
 
@@ -197,7 +197,8 @@ def test_orthogonalise_keeps_the_directions_and_levels_the_sizes():
     group = torch.optim.Muon([torch.nn.Parameter(torch.zeros(2, 2))]).param_groups[0]
     for x in gradients[0]:
         U, S, Vh = torch.linalg.svd(x, full_matrices=False)
-        sizes = U.T @ train.orthogonalise(x, group) @ Vh.T
+        [result] = train.orthogonalise(x[None], group)
+        sizes = U.T @ result @ Vh.T
         assert S.max() / S.min() > 2 and (sizes - torch.diag(sizes.diag())).abs().max() < 1e-4
         assert sizes.diag().min() > 0.6 and sizes.diag().max() < 1.3
 
