@@ -170,6 +170,14 @@ def pick_device(name=None):
     return name
 
 
+def multiplies_bf16(device):
+    """Whether the device has products of bfloat16 in hardware, as far as torch says."""
+    if "cuda" in device:
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def set_tf32(precision):
     """How CUDA multiplies float32, for the whole process. Only scripts call it.
 

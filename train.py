@@ -126,7 +126,10 @@ class Settings:
     seed: int = option(0, "of the student's initialisation and the order of the images")
     device: str = option(None, "cpu, cuda, cuda:1, ...; default cuda where there is one")
     precision: str = option(
-        "fp32", "of both networks in training; scores are float32", CHOICES["precision"]
+        "auto",
+        "of both networks in training: auto is bf16 where the device multiplies it in hardware, "
+        "else fp32; scores are float32",
+        ["auto", *CHOICES["precision"]],
     )
     compile: bool = option(False, "torch.compile the student and the losses")
     checkpoint_every: float = option(60.0, "seconds between checkpoints for --resume")
@@ -307,20 +310,27 @@ def train_all(todo, teacher, device, existing):
 
 
 def set_up(settings):
-    """What holds for the whole process: determinism; -> the device."""
+    """What holds for the whole process: determinism, the device, and what auto means on it.
+
+    -> (settings, device)
+    """
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(settings.deterministic)
-    return runs.pick_device(settings.device)
+    device = runs.pick_device(settings.device)
+    if settings.precision == "auto":
+        precision = "bf16" if runs.multiplies_bf16(device) else "fp32"
+        settings = dataclasses.replace(settings, precision=precision)
+    return settings, device
 
 
 @runs.script
 def main(argv):
     settings, seeds, existing = parse(argv)
+    settings, device = set_up(settings)
     todo = runs_to_do(settings, seeds, existing)
     if not todo:
         return
-    device = set_up(settings)
     teacher = runs.load_teacher(ensure_weights(settings.weights))
     runs.check_teacher(dataclasses.asdict(settings), teacher)
     left = train_all(todo, teacher, device, existing)
@@ -497,16 +507,8 @@ def make_optimizers(settings, parameters, peak, device):
     others = [p for p in parameters if p.ndim != 2]
     if not matrices:
         raise UserError("--optimizer: expected adamw or sgd with this network, got muon")
-    muon = Muon(matrices, bf16=multiplies_bf16(device), **options)
+    muon = Muon(matrices, bf16=runs.multiplies_bf16(device), **options)
     return [muon, torch.optim.AdamW(others, fused=fused, **options)]
-
-
-def multiplies_bf16(device):
-    """Whether the device has products of bfloat16 in hardware, as far as torch says."""
-    if "cuda" in device:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 class Muon(torch.optim.Muon):
@@ -738,8 +740,8 @@ class Training:
         megabytes = f"{self.cache.bytes / 1e6:,.0f} MB"
         print(
             f"{self.folder}: {len(self.kept)} normal images, {self.epochs} epochs of "
-            f"{self.steps_per_epoch} steps, on {self.made['device']}, teacher {teacher}, "
-            f"its features ({megabytes}) kept: {self.cache.place}"
+            f"{self.steps_per_epoch} steps, on {self.made['device']} in {self.settings.precision}, "
+            f"teacher {teacher}, its features ({megabytes}) kept: {self.cache.place}"
         )
         for note in self.notes():
             print(f"note: {note}", file=sys.stderr)

@@ -177,7 +177,7 @@ def run_variant(name, dataset, request):
     own = ["--dataset", dataset, "--category", request.categories[0], "--weights", str(path)]
     settings, _, _ = train.parse([*own, *variant.options, *request.options])
     settings = replace(settings, out=str(Path(settings.out) / "ablations" / folder))
-    device = train.set_up(settings)
+    settings, device = train.set_up(settings)
     runs.check_teacher(asdict(settings), teacher)
     folders, left = [], []
     for category in request.categories:

@@ -3,6 +3,7 @@
 
     python tests/benchmark.py                    # 8 minutes on 2 CPU cores, 8 GB of memory
     python tests/benchmark.py --device cuda      # the GPU table
+    python tests/benchmark.py --parts            # where the time of a step goes, 2 minutes
 
 All networks are ViT-B/16 at 224 x 224 with random weights. Each time is the median of repeats that
 alternate between ours and the peer, after one run of each that does not count. The plain baseline
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -27,7 +29,7 @@ if __name__ == "__main__":
     import _root  # noqa: F401 (puts the repository on the path)
 
 import runs
-from train import TeacherCache
+from train import Settings, TeacherCache, make_optimizers
 from vit import ViT
 from vitad import LAYERS, Distillation, anchor_loss, distill_loss, gram_loss, total_loss
 from weights.convert import canonical
@@ -266,6 +268,41 @@ def measure_scoring(steps, B, device, repeats, *, rate):
         row(f"scoring, batch {B}, {name}", shown, bound)
 
 
+def measure_parts(device, repeats):
+    """Where a step's time goes, at DeiT-Tiny's size and with train.py's optimisers."""
+    teacher = ViT(width=192, heads=3, hidden=768)
+    print("| part of a step, DeiT-Tiny's size, float32 | batch 4 | batch 32 |\n|---|---|---|")
+    columns = []
+    for B in (4, 32):
+        images = random_images(B, device)
+        ours = Ours(teacher, images, device)
+        model, parameters = ours.model, ours.parameters
+        make = partial(make_optimizers, parameters=parameters, peak=1e-3, device=device)
+        muon, rest = make(Settings())
+        [adamw] = make(Settings(optimizer="adamw"))
+        ours.step(images)  # from here on there are gradients
+        s = model.features(model.student, images)
+        gradients = [torch.rand_like(x) for x in s.values()]
+
+        def forward(model=model, images=images):
+            return list(model.features(model.student, images).values())
+
+        def backward(forward=forward, gradients=gradients):
+            torch.autograd.backward(forward(), gradients)
+
+        parts = {
+            "student, forward": forward,
+            "student, forward and backward": backward,
+            "data, losses and their gradient": partial(ours.outside, images),
+            "Muon, the blocks' matrices": muon.step,
+            "AdamW, the rest": rest.step,
+            "AdamW instead, for all": adamw.step,
+        }
+        columns.append(alternate(device, 3 * repeats, parts))
+    for name in columns[0]:
+        row(name, *(f"{seconds[name]:.3f} s" for seconds in columns))
+
+
 # ------------------------------------------------------------------------------------- command line
 
 
@@ -276,6 +313,7 @@ def make_parser():
     add("--repeats", type=int, default=3, help="of the steps; of forwards 5 times that (default 3)")
     add("--batch", type=int, default=32, help="the larger batch (default 32)")
     add("--memory", action="store_true", help="only print the peak memory of a step, in bytes")
+    add("--parts", action="store_true", help="only print the parts of a step, at DeiT-Tiny's size")
     return parser
 
 
@@ -287,9 +325,12 @@ def main(argv):
     if args.memory:
         print(memory_of_a_step(device))
         return
+    torch.manual_seed(0)
+    if args.parts:
+        measure_parts(device, args.repeats)
+        return
     on_gpu = "cuda" in device
     repeats = args.repeats * (10 if on_gpu else 1)
-    torch.manual_seed(0)
     name = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
     if on_gpu:
         name = torch.cuda.get_device_name(device)

@@ -42,7 +42,8 @@ def move(module, device):
 def fake_cuda(monkeypatch):
     """Every tensor of a test is fake, and autocast is told that there is a GPU."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(ViT, "initialise", lambda self: None)  # it asks for values
     monkeypatch.setattr(nn.Module, "to", move)
     with FakeTensorMode():

@@ -274,7 +274,7 @@ def test_out_of_memory_is_one_sentence_and_loses_nothing(world, undisturbed, tmp
     with pytest.MonkeyPatch.context() as patch:
         act_in_step(patch, 5, no_memory)
         result = run_train(world, tmp_path, "--checkpoint-every", 0)
-    assert_one_sentence(result, "--batch-size 4", "fp32")
+    assert_one_sentence(result, "--batch-size 4 with --precision")
     resumed = complete_run(world, tmp_path, "--resume")
     assert model_bytes(resumed) == model_bytes(undisturbed())
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import data
 import evaluate
+import runs
 import train
 from conftest import (
     ROOT,
@@ -282,6 +283,36 @@ def test_every_option_trains_and_evaluates(world, tmp_path, options):
     assert read_json(tmp_path / RUN / "config.json")["lr"] == expected
 
 
+@pytest.mark.parametrize(
+    "capabilities, precision",
+    [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "fp32")],
+)
+def test_precision_is_bf16_where_the_hardware_has_it_and_for_training_alone(
+    world, tmp_path, monkeypatch, capabilities, precision
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    scored_in = []
+    real = Distillation.scores
+    monkeypatch.setattr(
+        Distillation, "scores", lambda self, x: scored_in.append(self.precision) or real(self, x)
+    )
+    result = run_train(world, "--device", "cpu", out=tmp_path, epochs=1)
+    assert result.code == 0, result.err
+    assert f" in {precision}, teacher" in result.out
+    assert read_json(tmp_path / RUN / "config.json")["settings"]["precision"] == precision
+    assert set(scored_in) == {"fp32"}
+    # Where the same command means something else, that is said.
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": precision == "fp32"})
+    result = run_train(world, "--device", "cpu", "--resume", out=tmp_path, epochs=1)
+    assert_one_sentence(result, f"precision {precision}")
+
+
+@pytest.mark.parametrize("capability, precision", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_a_gpu_multiplies_bf16_from_capability_8_on(monkeypatch, capability, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert runs.multiplies_bf16("cuda:1") == precision
+
+
 @pytest.mark.parametrize("lr, expected", [(None, 8e-3 * 0.5**0.5), (0.002, 0.002)])
 def test_a_wider_student_learns_at_a_lower_rate_unless_told_otherwise(
     world, tmp_path, lr, expected
@@ -371,7 +402,9 @@ def test_images_held_out_measure_and_calibrate_and_teach_nothing(world, tmp_path
     results = {}
     for name, holdout, measured in (("all", 0.3, 2), ("rest", 0, 0)):
         pictures = own_pictures(tmp_path / name / "own")
-        result = run_train(world, out=tmp_path / name, holdout=holdout, **pictures)
+        result = run_train(
+            world, out=tmp_path / name, holdout=holdout, precision="fp32", **pictures
+        )
         results[name] = result
         assert result.code == 0, result.err
         assert result.out.count(" held out 0.") == measured
