@@ -8,6 +8,9 @@ prints a Markdown table with a column per run, on the complete test split. It ha
 of S_A, Diff less its mean over the normal images that training held out, over its deviation there.
 Where there are masks, it has how much of the k hottest patches of Eq. 9 lies on the defect.
 
+Of runs that differ in the seed alone, a line has the AUROC of their mean score: what is left when
+the noise of the single student is averaged out.
+
 A second table is of the held-out normal images alone. It has the mean of Diff over the patches, its
 deviation, and of runs that differ in the seed which share of its variance is the seed's: noise of
 the student.
@@ -126,7 +129,10 @@ def on_the_defect(diffs, masks, chosen, top_k):
 
 
 def column(settings, model, normal):
-    """One run's column of the table, {row: number}. normal: see `held_out_diffs`."""
+    """One run's column of the table, {row: number}; its scores (n,); the labels.
+
+    normal: see `held_out_diffs`.
+    """
     split = test_split(
         settings["dataset"],
         settings["data_root"],
@@ -141,13 +147,19 @@ def column(settings, model, normal):
             scores[f"S_D, standardised per {name}"] = cls + patches
     numbers = {name: auroc(values, split.labels) for name, values in scores.items()}
     if split.masks is None:
-        return numbers
+        return numbers, scores[SCORE], split.labels
     anomalous = torch.tensor(split.labels) == 1
     found = scores[SCORE] >= model.delta.item()
     for word, chosen in (("found", anomalous & found), ("missed", anomalous & ~found)):
         shares = on_the_defect(diffs, split.masks, chosen, model.top_k)
         numbers |= {f"on the defect, %, {word}: {name}": x for name, x in shares.items()}
-    return numbers
+    return numbers, scores[SCORE], split.labels
+
+
+def but_for_the_seed(settings):
+    """Settings of runs -> {i: those that differ from run i in the seed alone, itself too}."""
+    alike = [{**s, "seed": 0} for s in settings]
+    return {i: [j for j, y in enumerate(alike) if y == x] for i, x in enumerate(alike)}
 
 
 def noise_table(names, normals, settings):
@@ -156,12 +168,9 @@ def noise_table(names, normals, settings):
         "| run | layer | mean of Diff | deviation | share that is the seed's |",
         "|---" * 5 + "|",
     ]
+    alike = but_for_the_seed(settings)
     for i, diffs in enumerate(normals):
-        same = [
-            other
-            for other, s in zip(normals, settings, strict=True)
-            if {**s, "seed": 0} == {**settings[i], "seed": 0}
-        ]
+        same = [normals[j] for j in alike[i]]
         shares = noise(same) if len(same) > 1 else {}
         for c, d in diffs.items():
             share = f"{100 * shares[c]:.0f} %" if shares else ""
@@ -175,20 +184,27 @@ def main(argv):
     parser = runs.Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="complete run folders")
     args = parser.parse_args(argv)
-    columns, normals, settings, teacher = [], [], [], None
+    columns, scores, normals, settings, teacher = [], [], [], [], None
     runs.set_tf32("fp32")
     for run in find_runs(args.runs, out=None):
         model = runs.load(run, teacher=teacher)
         teacher = model.teacher
         settings.append(runs.read_config(run)["settings"])
         normals.append(held_out_diffs(model, settings[-1]))
-        columns.append(column(settings[-1], model, normals[-1]))
+        numbers, score, labels = column(settings[-1], model, normals[-1])
+        columns.append(numbers)
+        scores.append((score, labels))
     names = [f"{run.parent.name} {run.name}" for run in args.runs]
     print(f"| score | {' | '.join(names)} |")
     print("|---" + "|---" * len(columns) + "|")
     for name in columns[0]:
         cells = [f"{numbers[name]:.2f}" if name in numbers else "" for numbers in columns]
         print(f"| {name} | {' | '.join(cells)} |")
+    for same in sorted({tuple(same) for same in but_for_the_seed(settings).values()}):
+        if len(same) > 1:
+            mean = torch.stack([scores[i][0] for i in same]).mean(dim=0)
+            which = ", ".join(names[i] for i in same)
+            print(f"\n{SCORE}, the mean of {which}: {auroc(mean, scores[same[0]][1]):.2f}")
     if None not in normals:
         print(f"\n{noise_table(names, normals, settings)}")
 

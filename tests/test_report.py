@@ -1,5 +1,6 @@
 """The tables in results/: nothing in them is typed by hand."""
 
+import csv
 import json
 import re
 import shutil
@@ -239,7 +240,16 @@ def test_the_noise_of_two_students(world):
     seeds = [f"runs/folder/own/seed{seed}" for seed in (0, 1)]
     result = call(anatomy.main, *seeds, cwd=world)
     assert result.code == 0, result.err
-    [_, table] = result.out.split("\n\n")
+    [_, mean, table] = result.out.split("\n\n")
+    both, labels = [], []
+    for seed in seeds:
+        assert call(evaluate.main, seed, cwd=world).code == 0
+        with open(world / seed / "scores.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        both.append([float(row["score"]) for row in rows])
+        labels = [int(row["label"]) for row in rows]
+    expected = evaluate.auroc([sum(pair) / 2 for pair in zip(*both, strict=True)], labels)
+    assert mean == f"{anatomy.SCORE}, the mean of own seed0, own seed1: {expected:.2f}"
     rows = [line.split(" | ") for line in table.splitlines()[2:]]
     assert len(rows) == 2 * 4
     assert rows[0][-1] == rows[4][-1] and rows[0][-1].endswith("% |")
