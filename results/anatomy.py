@@ -16,8 +16,10 @@ deviation, and of runs that differ in the seed which share of its variance is th
 the student.
 """
 
+import json
 import math
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -146,20 +148,21 @@ def column(settings, model, normal):
             cls, patches = score_d(standardise(diffs, normal, per_position), model.top_k)
             scores[f"S_D, standardised per {name}"] = cls + patches
     numbers = {name: auroc(values, split.labels) for name, values in scores.items()}
-    if split.masks is None:
-        return numbers, scores[SCORE], split.labels
-    anomalous = torch.tensor(split.labels) == 1
-    found = scores[SCORE] >= model.delta.item()
-    for word, chosen in (("found", anomalous & found), ("missed", anomalous & ~found)):
-        shares = on_the_defect(diffs, split.masks, chosen, model.top_k)
-        numbers |= {f"on the defect, %, {word}: {name}": x for name, x in shares.items()}
+    if split.masks is not None:
+        anomalous = torch.tensor(split.labels) == 1
+        found = scores[SCORE] >= model.delta.item()
+        for word, chosen in (("found", anomalous & found), ("missed", anomalous & ~found)):
+            shares = on_the_defect(diffs, split.masks, chosen, model.top_k)
+            numbers |= {f"on the defect, %, {word}: {name}": x for name, x in shares.items()}
     return numbers, scores[SCORE], split.labels
 
 
 def but_for_the_seed(settings):
-    """Settings of runs -> {i: those that differ from run i in the seed alone, itself too}."""
-    alike = [{**s, "seed": 0} for s in settings]
-    return {i: [j for j, y in enumerate(alike) if y == x] for i, x in enumerate(alike)}
+    """Settings of runs -> groups of their places, of runs that differ in the seed alone."""
+    groups = defaultdict(list)
+    for i, values in enumerate(settings):
+        groups[json.dumps({**values, "seed": 0}, sort_keys=True)].append(i)
+    return list(groups.values())
 
 
 def noise_table(names, normals, settings):
@@ -168,12 +171,14 @@ def noise_table(names, normals, settings):
         "| run | layer | mean of Diff | deviation | share that is the seed's |",
         "|---" * 5 + "|",
     ]
-    alike = but_for_the_seed(settings)
+    shares = {}
+    for group in but_for_the_seed(settings):
+        students = [normals[i] for i in group]
+        for i in group:
+            shares[i] = noise(students) if len(group) > 1 else {}
     for i, diffs in enumerate(normals):
-        same = [normals[j] for j in alike[i]]
-        shares = noise(same) if len(same) > 1 else {}
         for c, d in diffs.items():
-            share = f"{100 * shares[c]:.0f} %" if shares else ""
+            share = f"{100 * shares[i][c]:.0f} %" if shares[i] else ""
             row = [names[i], c, f"{d[:, 1:].mean():.3f}", f"{d[:, 1:].std():.3f}", share]
             lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines)
@@ -184,27 +189,27 @@ def main(argv):
     parser = runs.Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="complete run folders")
     args = parser.parse_args(argv)
-    columns, scores, normals, settings, teacher = [], [], [], [], None
+    columns, normals, settings = [], [], []
+    teacher = None
     runs.set_tf32("fp32")
     for run in find_runs(args.runs, out=None):
         model = runs.load(run, teacher=teacher)
         teacher = model.teacher
         settings.append(runs.read_config(run)["settings"])
         normals.append(held_out_diffs(model, settings[-1]))
-        numbers, score, labels = column(settings[-1], model, normals[-1])
-        columns.append(numbers)
-        scores.append((score, labels))
+        columns.append(column(settings[-1], model, normals[-1]))
     names = [f"{run.parent.name} {run.name}" for run in args.runs]
     print(f"| score | {' | '.join(names)} |")
     print("|---" + "|---" * len(columns) + "|")
-    for name in columns[0]:
-        cells = [f"{numbers[name]:.2f}" if name in numbers else "" for numbers in columns]
+    for name in columns[0][0]:
+        cells = [f"{numbers[name]:.2f}" if name in numbers else "" for numbers, _, _ in columns]
         print(f"| {name} | {' | '.join(cells)} |")
-    for same in sorted({tuple(same) for same in but_for_the_seed(settings).values()}):
-        if len(same) > 1:
-            mean = torch.stack([scores[i][0] for i in same]).mean(dim=0)
-            which = ", ".join(names[i] for i in same)
-            print(f"\n{SCORE}, the mean of {which}: {auroc(mean, scores[same[0]][1]):.2f}")
+    for group in but_for_the_seed(settings):
+        if len(group) > 1:
+            mean = torch.stack([columns[i][1] for i in group]).mean(dim=0)
+            labels = columns[group[0]][2]
+            which = ", ".join(names[i] for i in group)
+            print(f"\n{SCORE}, the mean of {which}: {auroc(mean, labels):.2f}")
     if None not in normals:
         print(f"\n{noise_table(names, normals, settings)}")
 

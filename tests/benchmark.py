@@ -268,39 +268,38 @@ def measure_scoring(steps, B, device, repeats, *, rate):
         row(f"scoring, batch {B}, {name}", shown, bound)
 
 
+def parts_of_a_step(teacher, B, device):
+    """{name: function}, each a part of a training step of B images with train.py's optimisers."""
+    images = random_images(B, device)
+    ours = Ours(teacher, images, device)
+    model = ours.model
+    make = partial(make_optimizers, parameters=ours.parameters, peak=1e-3, device=device)
+    muon, rest = make(Settings(precision="fp32"))
+    [adamw] = make(Settings(optimizer="adamw"))
+    ours.step(images)  # from here on there are gradients
+    gradients = [torch.rand_like(x) for x in model.features(model.student, images).values()]
+
+    def forward():
+        return list(model.features(model.student, images).values())
+
+    return {
+        "student, forward": forward,
+        "student, forward and backward": lambda: torch.autograd.backward(forward(), gradients),
+        "data, losses and their gradient": lambda: ours.outside(images),
+        "Muon, the blocks' matrices": muon.step,
+        "AdamW, the rest": rest.step,
+        "AdamW instead, for all": adamw.step,
+    }
+
+
 def measure_parts(device, repeats):
-    """Where a step's time goes, at DeiT-Tiny's size and with train.py's optimisers."""
-    teacher = ViT(width=192, heads=3, hidden=768)
+    """Where a step's time goes, at DeiT-Tiny's size."""
+    teacher = ViT(width=192, heads=3, hidden=768).eval()
     print("| part of a step, DeiT-Tiny's size, float32 | batch 4 | batch 32 |\n|---|---|---|")
-    columns = []
-    for B in (4, 32):
-        images = random_images(B, device)
-        ours = Ours(teacher, images, device)
-        model, parameters = ours.model, ours.parameters
-        make = partial(make_optimizers, parameters=parameters, peak=1e-3, device=device)
-        muon, rest = make(Settings())
-        [adamw] = make(Settings(optimizer="adamw"))
-        ours.step(images)  # from here on there are gradients
-        s = model.features(model.student, images)
-        gradients = [torch.rand_like(x) for x in s.values()]
-
-        def forward(model=model, images=images):
-            return list(model.features(model.student, images).values())
-
-        def backward(forward=forward, gradients=gradients):
-            torch.autograd.backward(forward(), gradients)
-
-        parts = {
-            "student, forward": forward,
-            "student, forward and backward": backward,
-            "data, losses and their gradient": partial(ours.outside, images),
-            "Muon, the blocks' matrices": muon.step,
-            "AdamW, the rest": rest.step,
-            "AdamW instead, for all": adamw.step,
-        }
-        columns.append(alternate(device, 3 * repeats, parts))
-    for name in columns[0]:
-        row(name, *(f"{seconds[name]:.3f} s" for seconds in columns))
+    parts = [parts_of_a_step(teacher, B, device) for B in (4, 32)]
+    seconds = [alternate(device, 3 * repeats, functions) for functions in parts]
+    for name in seconds[0]:
+        row(name, *(f"{column[name]:.3f} s" for column in seconds))
 
 
 # ------------------------------------------------------------------------------------- command line

@@ -174,11 +174,13 @@ def test_batches_of_a_run(images):
         assert devices(batch) == {"cuda"} and index_on == {"cpu"}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])  # fused SGD needs a driver
-def test_a_step_of_the_optimisers(optimizer):
+@pytest.mark.parametrize(  # fused SGD needs a driver
+    "optimizer, precision", [("adamw", "fp32"), ("muon", "fp32"), ("muon", "bf16")]
+)
+def test_a_step_of_the_optimisers(optimizer, precision):
     model = on_cuda()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    settings = train.Settings(optimizer=optimizer, weight_decay=0.1)
+    settings = train.Settings(optimizer=optimizer, precision=precision, weight_decay=0.1)
     for p in parameters:
         p.grad = torch.zeros_like(p)
     for each in train.make_optimizers(settings, parameters, 1e-3, "cuda"):
