@@ -28,6 +28,7 @@ SETTINGS = ("dataset", "category", "optimizer", "batch_size", "weight_decay", "s
 MEASURED = ("epochs", "step", "held_out_mean", "block3", "block6", "block9", "block11", "loss")
 COLUMNS = ("teacher", *SETTINGS, "lr", *MEASURED, "commit")
 BLOCKS = [3, 6, 9, 11]
+FIRST = 100
 COLOURS = {"sgd": "#7f7f7f", "adamw": "#1f77b4", "muon": "#d62728"}
 
 
@@ -95,7 +96,11 @@ def key(row):
 
 
 def draw(rows, title):
-    """Every run a curve over doubling steps, with a dot at its end -> SVG."""
+    """Every run a curve over doubling steps, with a dot at its end -> SVG.
+
+    What lies before step FIRST, far above the rest, is left out where there is a rest.
+    """
+    rows = [row for row in rows if int(row["step"]) >= FIRST] or rows
     points = {}
     for row in rows:
         point = (math.log2(int(row["step"])), float(row["held_out_mean"]))
