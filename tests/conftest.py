@@ -118,28 +118,70 @@ def assert_one_sentence(result, *words):
         assert word in result.err, result.err
 
 
+IMPORTS = f"""
+import os
+import sys
+import torch
+import torchvision
+
+def state():
+    return (
+        dict(os.environ),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+        torch.get_rng_state().tolist(),
+    )
+
+sys.path.insert(0, {str(ROOT)!r})
+before = state()
+import data, evaluate, runs, train, vitad
+assert state() == before
+"""
+# Fixture: the arguments of Python.
+BACKGROUND = {"demo": [ROOT / "train.py"], "imports": ["-c", IMPORTS]}
+
+
 @pytest.fixture(scope="session", autouse=True)
-def demo_training(request, tmp_path_factory):
-    """The README's first command, begun before the first test if one of them needs it."""
-    if not any("demo" in item.fixturenames for item in request.session.items):
-        yield None
-        return
-    folder = tmp_path_factory.mktemp("demo")
-    with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
-        command = [sys.executable, ROOT / "train.py"]
-        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err)
-    yield process, folder
-    process.kill()
-    process.wait()
+def background(request, tmp_path_factory):
+    """Processes begun before the first test, each if a test needs it: {fixture: (process, folder)}.
+
+    They are done by the time they are waited for.
+    """
+    needed = {name for item in request.session.items for name in item.fixturenames}
+    begun = {}
+    for name in BACKGROUND.keys() & needed:
+        folder = tmp_path_factory.mktemp(name)
+        with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
+            command = [sys.executable, *BACKGROUND[name]]
+            process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err)
+        begun[name] = process, folder
+    yield begun
+    for process, _ in begun.values():
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")
-def demo(demo_training):
-    """A folder in which the demo was trained."""
-    process, folder = demo_training
+def demo(background):
+    """A folder in which the README's first command, train.py, has trained."""
+    process, folder = background["demo"]
     assert process.wait(timeout=600) == 0, (folder / "err").read_text()
     assert "teacher demo_teacher (DEMO" in (folder / "out").read_text()
     return folder
+
+
+@pytest.fixture(scope="session")
+def imports(background):
+    """Exit code and errors of a process that only imports the project."""
+    process, folder = background["imports"]
+    return process.wait(timeout=600), (folder / "err").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -72,9 +72,15 @@ def loss_of(model, images):
 # --------------------------------------------------------------------------- training and scoring
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "reading, images", [("unit", "cpu"), ("unit", "cuda"), ("l2", "cuda"), ("mse", "cuda")]
+    "precision, reading, images",
+    [
+        ("fp32", "unit", "cpu"),
+        ("bf16", "unit", "cpu"),
+        ("bf16", "unit", "cuda"),
+        ("fp32", "l2", "cuda"),
+        ("fp32", "mse", "cuda"),
+    ],
 )
 def test_a_step_of_training_and_scoring(precision, reading, images):
     model = on_cuda(precision=precision, reading=reading)

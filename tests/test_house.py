@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import vitad
-from conftest import ROOT, run_script
+from conftest import ROOT
 
 PACKAGES = ("ablations", "results", "weights")
 FILES = [*ROOT.glob("*.py"), *(path for name in PACKAGES for path in ROOT.glob(f"{name}/*.py"))]
@@ -97,34 +97,10 @@ def test_who_imports_whom():
         assert (ROOT / name / "__init__.py").is_file()
 
 
-def test_importing_sets_nothing():
+def test_importing_sets_nothing(imports):
     """No environment variable, no flag of torch, no random state."""
-    code = """
-import os
-import torch
-import torchvision
-
-def state():
-    return (
-        dict(os.environ),
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.benchmark,
-        torch.backends.cudnn.deterministic,
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-        torch.get_default_dtype(),
-        torch.get_num_threads(),
-        torch.is_grad_enabled(),
-        torch.get_rng_state().tolist(),
-    )
-
-before = state()
-import data, evaluate, runs, train, vitad
-assert state() == before
-"""
-    result = run_script("-c", code)
-    assert result.code == 0, result.err
+    code, errors = imports
+    assert code == 0, errors
 
 
 # -------------------------------------------------------------------------------------------- pages

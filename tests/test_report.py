@@ -10,7 +10,7 @@ import torch
 
 import evaluate
 import train
-from conftest import ROOT, assert_one_sentence, call, make_category, run_script, save_vit, tiny_vit
+from conftest import ROOT, assert_one_sentence, call, make_category, save_vit, tiny_vit
 from data import CATEGORIES
 from results import anatomy, nearest
 from results.report import cell, chart, paper, table
@@ -217,11 +217,11 @@ def test_a_report_scores_what_has_no_result_and_one_broken_run_stops_no_other(wo
 
 
 def test_the_anatomy_of_a_run(world):
-    """From the command line. Its rows that evaluate.py has too are the same."""
+    """Its rows that evaluate.py has too are the same."""
     run = "runs/folder/own/seed1"
     assert call(evaluate.main, run, cwd=world).code == 0
     result = json.loads((world / run / "result.json").read_text())
-    process = run_script(ROOT / "results/anatomy.py", run, cwd=world)
+    process = call(anatomy.main, run, cwd=world)
     assert process.code == 0, process.err
     rows = rows_of(process.out)
     for name, key in (

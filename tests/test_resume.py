@@ -23,7 +23,7 @@ from conftest import assert_one_sentence, call, make_category, save_vit, tiny_vi
 
 RUN = "folder/own/seed0"
 KILLED = ("--epochs", 60, "--checkpoint-every", 0)  # 180 steps: a checkpoint at every epoch's end
-KILLS = 6
+KILLS = 4
 
 
 @pytest.fixture(scope="module")
@@ -113,21 +113,18 @@ def stop_run(world, out, *options, step=2, number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize(
-    "options",
+    "step, number, options",
     [
-        (),
-        ("--anchor", "ema", "--optimizer", "sgd", "--momentum", 0),
-        ("--optimizer", "sgd", "--holdout", 0.3),
-        ("--layers", "1"),  # blocks that learn nothing, too
-        ("--optimizer", "adamw"),
-        ("--cache", "disk", "--precision", "bf16"),
-        ("--cache", "off"),
+        (3, signal.SIGINT, ()),  # an epoch's end
+        (8, signal.SIGTERM, ()),  # its middle
+        (3, signal.SIGINT, ("--anchor", "ema", "--optimizer", "sgd", "--momentum", 0)),
+        (8, signal.SIGTERM, ("--optimizer", "sgd", "--holdout", 0.3)),
+        (8, signal.SIGTERM, ("--layers", "1")),  # blocks that learn nothing, too
+        (8, signal.SIGTERM, ("--optimizer", "adamw")),
+        (3, signal.SIGINT, ("--cache", "disk", "--precision", "bf16")),
+        (2, signal.SIGTERM, ("--cache", "disk")),  # while the cache is being filled
+        (8, signal.SIGTERM, ("--cache", "off")),
     ],
-    ids=lambda options: " ".join(map(str, options)) or "default",
-)
-@pytest.mark.parametrize(
-    "step, number",
-    [(3, signal.SIGINT), (8, signal.SIGTERM)],  # an epoch's end, and its middle
 )
 def test_a_stopped_run_resumes_bit_for_bit(world, undisturbed, tmp_path, options, step, number):
     whole = undisturbed(*options)
@@ -289,7 +286,7 @@ def start(world, out, *options):
     return process
 
 
-def test_killed_six_times_and_still_the_same(world, tmp_path, monkeypatch):
+def test_killed_again_and_again_and_still_the_same(world, tmp_path, monkeypatch):
     """SIGKILL at random moments after a checkpoint, every other one inside the writing of one."""
     whole = start(world, tmp_path / "whole")
     folder = tmp_path / "killed" / RUN
@@ -311,7 +308,7 @@ def test_killed_six_times_and_still_the_same(world, tmp_path, monkeypatch):
         process.join()
         assert process.exitcode == -signal.SIGKILL  # it was still at work
         inside += bool(list(folder.glob(".checkpoint*.tmp")))
-    assert inside >= 2  # a half-written checkpoint lay there, and was not taken for one
+    assert inside >= 1  # a half-written checkpoint lay there, and was not taken for one
     (folder / ".tmpfECqhT").touch()  # a killed process leaves such a file of safetensors
     start(world, tmp_path / "killed", "--resume").join()
     assert len(runs.read_config(folder)["resumed"]) == KILLS

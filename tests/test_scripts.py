@@ -490,8 +490,9 @@ def test_every_category_in_turn_skips_what_is_complete(world, tmp_path):
     assert lines[-1].split()[2] == "90.40"  # the mean of the paper's row
 
 
-def test_several_seeds_and_a_failure_among_the_categories(world, tmp_path):
+def test_several_seeds_and_a_failure_among_the_categories(world, tmp_path, monkeypatch):
     """A picture does not decode, a category is not there: both seeds of the others are trained."""
+    monkeypatch.setitem(CATEGORIES, "mvtec", ["bottle", "carpet", "pill", "zipper"])
     for category in CATEGORIES["mvtec"]:
         count = 5 if category == "pill" else 3
         make_category(tmp_path / "data" / category, train=count, good=1, bad=1)
@@ -499,19 +500,19 @@ def test_several_seeds_and_a_failure_among_the_categories(world, tmp_path):
     shutil.rmtree(tmp_path / "data/zipper")
     changes = {"category": "all", "epochs": 1, "seeds": "0,2", "data_root": tmp_path / "data"}
     result = run_train(world, "--resume", cwd=tmp_path, **changes)
-    assert result.code == 2 and result.out.count("done;") == 26
+    assert result.code == 2 and result.out.count("done;") == 4
     last = result.err.splitlines()[-1]
-    assert "error: 4 of 30 runs failed, for the reasons above: " in last
+    assert "error: 4 of 8 runs failed, for the reasons above: " in last
     for name in ("pill", "zipper"):
         for seed in (0, 2):
             assert f"runs/mvtec/{name}/seed{seed}" in last
     assert "pill/train/good/000.png: expected an image" in result.err
-    assert "this run and 29 more like it: about 0:" in result.out
+    assert "this run and 7 more like it: about 0:" in result.out
     make_category(tmp_path / "data/zipper", train=3, good=1, bad=1)
     (tmp_path / "data/pill/train/good/000.png").unlink()
     result = run_train(world, "--resume", cwd=tmp_path, **changes)
     assert result.code == 0 and result.out.count("done;") == 4
-    assert result.out.count("complete, nothing to do") == 26
+    assert result.out.count("complete, nothing to do") == 4
 
 
 # ---------------------------------------------------------------------------------------- the demo

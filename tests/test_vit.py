@@ -299,12 +299,12 @@ def test_real_weights_give_timms_features(real_vit, weights, golden, bound):
     [("deit_tiny_patch16_224.safetensors", 0.018), ("dinov2_vits14_fp16.safetensors", 0.027)],
 )
 def test_real_features_survive_bf16(real_vit, weights, bound, monkeypatch):
-    """Photos in a black frame, which a patch projection in bf16 would blur.
+    """A photo in a black frame, which a patch projection in bf16 would blur.
 
     Measured at block 11: the error's share of a token's length, the mean over the tokens.
     """
     vit = real_vit(weights)
-    photos = torch.cat([photo("chelsea"), photo("coffee")])[:, :, 56:168, 56:168]
+    photos = photo("chelsea")[:, :, 56:168, 56:168]
     images = vit.prepare(F.pad(photos, (56, 56, 56, 56)))
     with torch.no_grad():
         exact = vit(images, (11,))[11]
