@@ -152,7 +152,7 @@ BACKGROUND = {"demo": [ROOT / "train.py"], "imports": ["-c", IMPORTS]}
 def background(request, tmp_path_factory):
     """Processes begun before the first test, each if a test needs it: {fixture: (process, folder)}.
 
-    They are done by the time they are waited for.
+    Most are done by the time they are waited for.
     """
     needed = {name for item in request.session.items for name in item.fixturenames}
     begun = {}

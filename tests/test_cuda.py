@@ -76,6 +76,7 @@ def loss_of(model, images):
     "precision, reading, images",
     [
         ("fp32", "unit", "cpu"),
+        ("fp32", "unit", "cuda"),
         ("bf16", "unit", "cpu"),
         ("bf16", "unit", "cuda"),
         ("fp32", "l2", "cuda"),

@@ -23,7 +23,7 @@ from conftest import assert_one_sentence, call, make_category, save_vit, tiny_vi
 
 RUN = "folder/own/seed0"
 KILLED = ("--epochs", 60, "--checkpoint-every", 0)  # 180 steps: a checkpoint at every epoch's end
-KILLS = 4
+KILLS = 6
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def start(world, out, *options):
     return process
 
 
-def test_killed_again_and_again_and_still_the_same(world, tmp_path, monkeypatch):
+def test_killed_six_times_and_still_the_same(world, tmp_path, monkeypatch):
     """SIGKILL at random moments after a checkpoint, every other one inside the writing of one."""
     whole = start(world, tmp_path / "whole")
     folder = tmp_path / "killed" / RUN
@@ -308,7 +308,7 @@ def test_killed_again_and_again_and_still_the_same(world, tmp_path, monkeypatch)
         process.join()
         assert process.exitcode == -signal.SIGKILL  # it was still at work
         inside += bool(list(folder.glob(".checkpoint*.tmp")))
-    assert inside >= 1  # a half-written checkpoint lay there, and was not taken for one
+    assert inside >= 2  # a half-written checkpoint lay there, and was not taken for one
     (folder / ".tmpfECqhT").touch()  # a killed process leaves such a file of safetensors
     start(world, tmp_path / "killed", "--resume").join()
     assert len(runs.read_config(folder)["resumed"]) == KILLS
