@@ -316,21 +316,31 @@ class Distillation(nn.Module):
         return {"loss": total_loss(**terms, lam=self.lam), **terms}
 
     @torch.no_grad()
+    def compare(self, images, t=None):
+        """uint8 images (B, 3, size, size) -> what the score is made of.
+
+        {c: Diff_c (B, 1 + P)} of Eq. 8, and the two terms of Eq. 7, (B,) each. t = teach(images),
+        if known.
+        """
+        if t is None:
+            t = self.teach(images)
+        s = self.features(self.student, images)
+        diffs = {c: diff(t[c], s[c], self.reading) for c in t}
+        last = self.layers[-1]
+        return diffs, score_a(t[last][:, 0], s[last][:, 0], self.anchor.value, self.reading)
+
     def scores(self, images, t=None):
         """uint8 images (B, 3, size, size) -> the score of Eq. 10 and its parts, (B,) each.
 
         "score" = "score_d" + "score_a_teacher" + "score_a_student". "score_d_cls" is the class
         tokens' share of score_d. "heat" (B, P) has a number per patch. t = teach(images), if known.
         """
-        if t is None:
-            t = self.teach(images)
-        s = self.features(self.student, images)
-        diffs = {c: diff(t[c], s[c], self.reading) for c in t}
+        return self.scores_of(*self.compare(images, t))
+
+    def scores_of(self, diffs, terms_of_s_a):
+        """What `compare` returned -> the same."""
         cls, patches = score_d(diffs, self.top_k)
-        last = self.layers[-1]
-        a_teacher, a_student = score_a(
-            t[last][:, 0], s[last][:, 0], self.anchor.value, self.reading
-        )
+        a_teacher, a_student = terms_of_s_a
         parts = {
             "score_d": cls + patches,
             "score_a_teacher": a_teacher,

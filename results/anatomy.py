@@ -21,7 +21,6 @@ import math
 import sys
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 if __name__ == "__main__":
     import _root  # noqa: F401 (puts the repository on the path)
@@ -30,27 +29,21 @@ import torch
 import torch.nn.functional as F
 
 import runs
-from data import test_split, train_split
-from evaluate import auroc, find_runs
-from train import hold_out
-from vitad import diff, score_a, score_d
+from data import test_split
+from evaluate import Normal, auroc, find_runs, held_out_diffs, standardised
+from vitad import score_d
 
 SCORE = "S_D + S_A (Eq. 10)"
 
 
-@torch.no_grad()
 def score_parts(model, images, batch_size=32):
     """-> {c: Diff_c of Eq. 8 (n, 1 + P)}, and S_A (n,)."""
     diffs = {c: [] for c in model.layers}
     anchors = []
-    last = model.layers[-1]
     for batch in images.split(batch_size):
-        batch = batch.to(model.delta.device)
-        t = model.teach(batch)
-        s = model.features(model.student, batch)
-        for c in model.layers:
-            diffs[c].append(diff(t[c], s[c], model.reading).cpu())
-        terms = score_a(t[last][:, 0], s[last][:, 0], model.anchor.value, model.reading)
+        of_batch, terms = model.compare(batch)
+        for c, d in of_batch.items():
+            diffs[c].append(d.cpu())
         anchors.append(sum(terms).cpu())
     return {c: torch.cat(batches) for c, batches in diffs.items()}, torch.cat(anchors)
 
@@ -75,28 +68,16 @@ def variants(diffs, s_a, top_k):
     return scores
 
 
-def held_out_diffs(model, settings):
-    """{c: Diff_c (n, 1 + P)} of the normal images that training held out, or None."""
-    if not settings.get("holdout"):
-        return None
-    place = (settings["dataset"], settings["data_root"], settings["category"])
-    images = train_split(*place, model.teacher.image_size).images
-    _, index = hold_out(SimpleNamespace(**settings), len(images))
-    return score_parts(model, images[index])[0]
+def normal_of_layer(diffs):
+    """Normal images' {c: Diff_c (n, 1 + P)} -> a Normal with one value for all patches of a layer.
 
-
-def standardise(diffs, normal, per_position):
-    """Diff less its mean over normal images, over its deviation there: {c: (n, 1 + P)} -> the same.
-
-    Mean and deviation are of every position, or of all patches of a layer and of its class token.
+    The class token keeps its own.
     """
-    result = {}
+    normal = Normal.of(diffs)
     for c, d in diffs.items():
-        mean, std = normal[c].mean(dim=0), normal[c].std(dim=0)  # (1 + P,)
-        if not per_position:
-            mean[1:], std[1:] = normal[c][:, 1:].mean(), normal[c][:, 1:].std()
-        result[c] = (d - mean) / std
-    return result
+        normal.mean[c][1:] = d[:, 1:].mean()
+        normal.std[c][1:] = d[:, 1:].std()
+    return normal
 
 
 def noise(diffs):
@@ -133,7 +114,7 @@ def on_the_defect(diffs, masks, chosen, top_k):
 def column(settings, model, normal):
     """One run's column of the table, {row: number}; its scores (n,); the labels.
 
-    normal: see `held_out_diffs`.
+    normal: Diff on the held-out normal images, {c: (n, 1 + P)}, or None.
     """
     split = test_split(
         settings["dataset"],
@@ -144,9 +125,9 @@ def column(settings, model, normal):
     diffs, s_a = score_parts(model, split.images)
     scores = variants(diffs, s_a, model.top_k)
     if normal is not None:
-        for name, per_position in (("layer", False), ("layer and position", True)):
-            cls, patches = score_d(standardise(diffs, normal, per_position), model.top_k)
-            scores[f"S_D, standardised per {name}"] = cls + patches
+        for name, find in (("layer", normal_of_layer), ("layer and position", Normal.of)):
+            values = standardised(diffs, find(normal), model.top_k)
+            scores[f"S_D, standardised per {name}"] = values
     numbers = {name: auroc(values, split.labels) for name, values in scores.items()}
     if split.masks is not None:
         anomalous = torch.tensor(split.labels) == 1
@@ -196,7 +177,8 @@ def main(argv):
         model = runs.load(run, teacher=teacher)
         teacher = model.teacher
         settings.append(runs.read_config(run)["settings"])
-        normals.append(held_out_diffs(model, settings[-1]))
+        normal = held_out_diffs(model, settings[-1])
+        normals.append(normal and {c: d.cpu() for c, d in normal.items()})
         columns.append(column(settings[-1], model, normals[-1]))
     names = [f"{run.parent.name} {run.name}" for run in args.runs]
     print(f"| score | {' | '.join(names)} |")

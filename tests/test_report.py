@@ -264,11 +264,13 @@ def test_the_noise_of_two_students(world):
 
 
 def test_standardised_diffs():
-    normal = torch.tensor([[1.0, 2.0, 10.0], [3.0, 4.0, 14.0], [5.0, 6.0, 18.0]])
-    test = torch.tensor([[5.0, 8.0, 8.0]])
-    per_position = anatomy.standardise({3: test}, {3: normal}, per_position=True)[3]
-    torch.testing.assert_close(per_position, torch.tensor([[1.0, 2.0, -1.5]]))
-    per_layer = anatomy.standardise({3: test}, {3: normal}, per_position=False)[3]
-    patches = normal[:, 1:]
-    expected = (8 - patches.mean()) / patches.std()
-    torch.testing.assert_close(per_layer, torch.tensor([[1.0, expected, expected]]))
+    normal = {3: torch.tensor([[1.0, 2.0, 10.0], [3.0, 4.0, 14.0], [5.0, 6.0, 18.0]])}
+    test = {3: torch.tensor([[5.0, 8.0, 8.0]])}  # 1, 2 and -1.5 deviations from the means
+    score = evaluate.standardised(test, evaluate.Normal.of(normal), top_k=2)
+    torch.testing.assert_close(score, torch.tensor([1 + 0.25]))
+    score = evaluate.standardised(test, evaluate.Normal.of(normal), top_k=1)
+    torch.testing.assert_close(score, torch.tensor([1.0 + 2]))
+    patches = normal[3][:, 1:]
+    expected = 1 + (8 - patches.mean()) / patches.std()
+    score = evaluate.standardised(test, anatomy.normal_of_layer(normal), top_k=2)
+    torch.testing.assert_close(score, expected[None])

@@ -21,6 +21,7 @@ import data
 import evaluate
 import runs
 import train
+import vitad
 from conftest import (
     ROOT,
     assert_one_sentence,
@@ -389,6 +390,76 @@ def test_own_pictures_in_a_folder(world, tmp_path):
     result = read_json(tmp_path / "runs/folder/my_parts/seed0/result.json")
     assert result["category"] == "my parts" and result["paper_auroc"] is None
     assert 0 <= result["auroc"] <= 100
+
+
+def naive_standardised(diffs, normals, top_k):
+    """Diffs of one image and of normal images, [layer][token] -> S_D of the standardised Diff."""
+    score = 0
+    for layer, d in enumerate(diffs):
+        deviations = []
+        for token, value in enumerate(d):
+            usual = [float(normal[layer][token]) for normal in normals]
+            mean = sum(usual) / len(usual)
+            variance = sum((x - mean) ** 2 for x in usual) / (len(usual) - 1)
+            deviations.append((float(value) - mean) / variance**0.5)
+        hottest = sorted(deviations[1:], reverse=True)[:top_k]
+        score += deviations[0] + sum(hottest) / top_k
+    return score
+
+
+def test_standardised_scores(world, tmp_path):
+    """Against loops; delta from scores of each held-out image by the others."""
+    own = make_category(tmp_path / "own", train=10)
+    assert run_train(world, holdout=0.4, cwd=tmp_path, **own_pictures(own)).code == 0
+    run = tmp_path / "runs/folder/own/seed0"
+    assert run_evaluate(tmp_path).code == 0
+    plain, plain_scores = read_json(run / "result.json"), (run / "scores.csv").read_text()
+    result = run_evaluate(tmp_path, "--standardise")
+    assert result.code == 0, result.err
+
+    model = runs.load(run)
+    images = data.train_split("folder", own, "own").images
+    index = train.hold_out(train.Settings(dataset="folder", category="own", holdout=0.4), 10)[1]
+    held_out = [[d[0] for d in model.compare(images[i][None])[0].values()] for i in index]
+    assert len(held_out) == 4
+    expected = [
+        naive_standardised(one, held_out[:i] + held_out[i + 1 :], 20)
+        for i, one in enumerate(held_out)
+    ]
+    numbers = read_json(run / "result.json")
+    delta = vitad.calibrate(torch.tensor(expected)).item()
+    assert numbers["delta_standardised"] == pytest.approx(delta, rel=1e-3)
+
+    split = data.test_split("folder", own, "own")
+    scores = []
+    for image in split.images:
+        d = [d[0] for d in model.compare(image[None])[0].values()]
+        scores.append(naive_standardised(d, held_out, 20))
+    with open(run / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["standardised"]) for row in rows] == pytest.approx(scores, rel=1e-3)
+    assert numbers["auroc_standardised"] == auroc(scores, split.labels)
+    verdicts = np.array(scores) >= delta
+    assert numbers["false_alarms_standardised"] == verdicts[np.array(split.labels) == 0].sum()
+    assert numbers["misses_standardised"] == (~verdicts[np.array(split.labels) == 1]).sum()
+    assert f"  standardised, delta {numbers['delta_standardised']:.3f}: false alarms" in result.out
+    assert f"{numbers['auroc_standardised']:.2f}" in result.out.splitlines()[-1]
+
+    # The paper's score, and all that is written of it, stay as they are.
+    made = ("command", "date")
+    assert {key: numbers[key] for key in plain if key not in made} == {
+        key: value for key, value in plain.items() if key not in made
+    }
+    lines = [line.rpartition(",")[0] for line in (run / "scores.csv").read_text().splitlines()]
+    assert lines == plain_scores.splitlines()
+
+    options = ("--images", own / "test/good", own / "test/stain", "--json", "--standardise")
+    lines = [json.loads(line) for line in run_evaluate(tmp_path, *options).out.splitlines()]
+    by_name = dict(zip(split.names, scores, strict=True))
+    expected = [by_name[line["image"].removeprefix(f"{own}/")] for line in lines]
+    assert [line["score"] for line in lines] == pytest.approx(expected, rel=1e-3)
+    assert {line["delta"] for line in lines} == {numbers["delta_standardised"]}
+    assert sum(line["anomalous"] for line in lines) == verdicts.sum()
 
 
 def test_images_held_out_measure_and_calibrate_and_teach_nothing(world, tmp_path):
