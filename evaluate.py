@@ -283,7 +283,7 @@ def evaluate(
                 )
                 teacher = model.teacher
                 normal = find_normal(run, model, settings, data_root) if standardise else None
-                jobs.append(Scored(run, config, model, split, normal))
+                jobs.append(Scored(run, config, model, split, normal=normal))
         score_together(jobs, device, batch_size)
         finite = []
         for job in jobs:
@@ -421,7 +421,7 @@ def steps_trained(run):
 # ------------------------------------------------------------------------------------- any pictures
 
 
-def score_images(run, model, normal, paths, *, batch_size, skip_bad, as_json, heatmaps):
+def score_images(run, model, paths, *, normal, batch_size, skip_bad, as_json, heatmaps):
     """--images: score, delta and verdict of each picture; -> whether one is anomalous.
 
     A batch of them is in memory at a time. heatmaps: a folder for heat maps, or None. normal: for
@@ -653,8 +653,8 @@ def score_other_images(args, run, device, weights):
     anomalous = score_images(
         run,
         model,
-        normal,
         args.images,
+        normal=normal,
         batch_size=args.batch_size,
         skip_bad=args.skip_bad,
         as_json=args.json,
