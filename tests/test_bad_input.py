@@ -393,7 +393,7 @@ PICTURES = [
     ("evaluate", None, "--images nowhere.png", "nowhere.png: expected a picture or a folder"),
     ("evaluate", None, f"--images '{NAME}.png'", f"{NAME}.png: expected a picture or a folder"),
     ("evaluate", link("loop", "loop"), "--images loop", "loop: expected a picture or a folder"),
-    ("evaluate", None, f"{RUN} --standardise", f"{RUN}: expected at least 3 images held out ... got"),
+    ("evaluate", None, f"{RUN} --standardise", f"{RUN}: expected at least 3 images held out"),
     ("evaluate", None, "--images ''", ".: expected images (.bmp, ... got none"),
     ("evaluate", None, "--images data", "data: expected images (.bmp, ... got none"),
     ("evaluate", None, f"--images {TEACHER}", f"{TEACHER}: expected an image, got a file that"),
