@@ -5,15 +5,14 @@
     python evaluate.py runs/mvtec/bottle/seed0 ...      # these
     python evaluate.py RUN --images FILE_OR_FOLDER ...  # other pictures: score, delta, verdict
     python evaluate.py RUN --heatmaps DIR               # where the score comes from, as pictures
-    python evaluate.py RUN --standardise                # beside it, a variant of the score
 
 It prints the mistakes at delta by kind of defect, and a table per data set with the paper's AUROC
 beside ours. Each run folder gets scores.csv (a line per image: raw scores, higher = more anomalous)
 and result.json.
 
 Columns: AUROC of the score S_D + S_A (Eq. 10); of S_D alone; of S_A alone; of the teacher's term of
-S_A alone, which needs no training. Where there are masks: of the pixels, and AU-PRO. With
---standardise: of S_D in deviations from held-out normal images, which is not the paper's.
+S_A alone, which needs no training; of S_D standardised (vitad.Normal), which is not the paper's.
+Where there are masks: of the pixels, and AU-PRO.
 """
 
 import os
@@ -30,21 +29,25 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import runs
-from data import CATEGORIES, SMALL, Split, images_in, read_image, test_split, train_split
+from data import CATEGORIES, SMALL, Split, images_in, read_image, test_split
 from results import pictures, report
 from runs import UserError
-from train import hold_out
-from vitad import Distillation, calibrate, score_d
+from vitad import FEW, Distillation
 from weights.download import ensure_weights
 
-SCORES = ("score", "score_d", "score_a_teacher", "score_a_student")  # columns of scores.csv
+SCORES = (  # columns of scores.csv
+    "score",
+    "score_d",
+    "score_a_teacher",
+    "score_a_student",
+    "score_d_standardised",  # where the run has a vitad.Normal
+)
 
 # ------------------------------------------------------------------------------------------ metrics
 
@@ -121,91 +124,17 @@ def area_below(x, y, limit):
     return torch.trapezoid(y_part, x_part)
 
 
-# ------------------------------------------------------------------------------ standardised scores
-
-
-@dataclass
-class Normal:
-    """What Diff of Eq. 8 is on normal images: {c: (1 + P,)}, a number per layer and position.
-
-    delta: Eq. 10's, for S_D of the standardised Diff.
-    """
-
-    mean: dict
-    std: dict
-    delta: float = math.nan
-
-    @classmethod
-    def of(cls, diffs):
-        """{c: Diff_c (n, 1 + P)}, n > 1 -> mean and deviation over the n images."""
-        mean = {c: d.mean(dim=0) for c, d in diffs.items()}
-        std = {c: d.std(dim=0).clamp(min=1e-6) for c, d in diffs.items()}
-        return cls(mean, std)
-
-
-def standardised(diffs, normal, top_k):
-    """Eq. 9 of Diff less its mean on normal images, over its deviation there. Not the paper's.
-
-    {c: Diff_c (B, 1 + P)}, a Normal -> (B,). Eq. 9 takes the k patches that are farthest from the
-    teacher. Some positions always are: where normal images differ. Here the k patches count that
-    are farther from it than is usual at their position.
-    """
-    deviations = {c: (d - normal.mean[c]) / normal.std[c] for c, d in diffs.items()}
-    cls, patches = score_d(deviations, top_k)
-    return cls + patches
-
-
-def held_out_diffs(model, settings, data_root=None):
-    """{c: Diff_c (n, 1 + P)} of the normal images that training held out; None if it held out none.
-
-    settings: of the run, a dict.
-    """
-    if not settings.get("holdout"):
-        return None
-    place = (settings["dataset"], data_root or settings["data_root"], settings["category"])
-    images = train_split(*place, model.teacher.image_size).images
-    _, index = hold_out(SimpleNamespace(**settings), len(images))
-    parts = [model.compare(batch)[0] for batch in images[index].split(32)]
-    return {c: torch.cat([part[c] for part in parts]) for c in parts[0]}
-
-
-def find_normal(run, model, settings, data_root=None):
-    """The Normal of a run, by the images that its training held out.
-
-    delta: each of them is scored by mean and deviation of the others, as a new image will be.
-    """
-    diffs = held_out_diffs(model, settings, data_root)
-    n = 0 if diffs is None else len(diffs[model.layers[0]])
-    if n < 3:
-        raise UserError(
-            f"{run}: expected at least 3 images held out for --standardise, got {n}: "
-            f"train with a larger --holdout, or more images"
-        )
-    scores = []
-    for i in range(n):
-        others = {c: torch.cat([d[:i], d[i + 1 :]]) for c, d in diffs.items()}
-        one = {c: d[i : i + 1] for c, d in diffs.items()}
-        scores.append(standardised(one, Normal.of(others), model.top_k))
-    normal = Normal.of(diffs)
-    normal.delta = float(calibrate(torch.cat(scores)))
-    return normal
-
-
 # ----------------------------------------------------------------------------- test splits of runs
 
 
 @dataclass
 class Scored:
-    """A run, its test split, and the scores of the model on it, {column: (n,)} and heat (n, P).
-
-    normal: for standardised scores, or None.
-    """
+    """A run, its test split, and the scores of the model on it, {column: (n,)} and heat (n, P)."""
 
     run: Path
     config: dict
     model: Distillation
     split: Split
-    normal: Normal | None = None
     scores: dict = field(default_factory=dict)
 
 
@@ -256,7 +185,6 @@ def evaluate(
     precision="fp32",
     batch_size=32,
     skip_bad=False,
-    standardise=False,
     teacher=None,
 ):
     """Score the test split of runs, [(run folder, its config)]; yields a Scored for each.
@@ -282,8 +210,7 @@ def evaluate(
                     skip_bad=skip_bad,
                 )
                 teacher = model.teacher
-                normal = find_normal(run, model, settings, data_root) if standardise else None
-                jobs.append(Scored(run, config, model, split, normal=normal))
+                jobs.append(Scored(run, config, model, split))
         score_together(jobs, device, batch_size)
         finite = []
         for job in jobs:
@@ -312,15 +239,6 @@ def check_finite(scored):
         )
 
 
-def score_batch(model, normal, images, t=None):
-    """The scores of `vitad.Distillation`, and with a Normal also "standardised", (B,)."""
-    diffs, terms_of_s_a = model.compare(images, t)
-    scores = model.scores_of(diffs, terms_of_s_a)
-    if normal is not None:
-        scores["standardised"] = standardised(diffs, normal, model.top_k)
-    return scores
-
-
 def score_together(jobs, device, batch_size):
     """Fill in the scores of jobs with the same test images; the teacher sees these once."""
     if not jobs:
@@ -330,7 +248,7 @@ def score_together(jobs, device, batch_size):
         images = images.to(device, non_blocking=True)
         t = jobs[0].model.teach(images)
         for job, collected in zip(jobs, parts, strict=True):
-            scores = score_batch(job.model, job.normal, images, t)
+            scores = job.model.scores(images, t)
             collected.append({name: value.cpu() for name, value in scores.items()})
     for job, collected in zip(jobs, parts, strict=True):
         job.scores = {name: torch.cat([part[name] for part in collected]) for name in collected[0]}
@@ -340,7 +258,7 @@ def write_result(scored, device):
     """A run's scores.csv and result.json; -> the result."""
     run, split, scores = scored.run, scored.split, scored.scores
     result = {**summarise(scored), **summarise_standardised(scored), **runs.provenance(device)}
-    columns = [*SCORES, "standardised"] if scored.normal else SCORES
+    columns = [name for name in SCORES if name in scores]
     with runs.atomic(run / "scores.csv") as path, open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("image", "label", *columns))
@@ -397,16 +315,17 @@ def summarise(scored):
 
 
 def summarise_standardised(scored):
-    """More numbers of result.json, with --standardise."""
-    if scored.normal is None:
+    """More numbers of result.json, where the run has a vitad.Normal."""
+    if scored.model.normal is None:
         return {}
     labels = np.array(scored.split.labels)
-    scores = scored.scores["standardised"].numpy()
-    anomalous = scores >= scored.normal.delta
+    scores = scored.scores["score_d_standardised"].numpy()
+    delta = float(scored.model.normal.delta)
+    anomalous = scores >= delta
     value = auroc(scores, labels)
     return {
         "auroc_standardised": None if math.isnan(value) else value,
-        "delta_standardised": scored.normal.delta,
+        "delta_standardised": delta,
         "false_alarms_standardised": int((anomalous & (labels == 0)).sum()),
         "misses_standardised": int((~anomalous & (labels == 1)).sum()),
     }
@@ -421,16 +340,25 @@ def steps_trained(run):
 # ------------------------------------------------------------------------------------- any pictures
 
 
-def score_images(run, model, paths, *, normal, batch_size, skip_bad, as_json, heatmaps):
+def score_images(run, model, paths, *, batch_size, skip_bad, standardised, as_json, heatmaps):
     """--images: score, delta and verdict of each picture; -> whether one is anomalous.
 
-    A batch of them is in memory at a time. heatmaps: a folder for heat maps, or None. normal: for
-    standardised scores, by which the verdicts then are, or None.
+    A batch of them is in memory at a time. heatmaps: a folder for heat maps, or None.
     """
+    if standardised and model.normal is None:
+        raise UserError(
+            f"{run}: expected a run that {FEW} images or more calibrate, for --standardised, "
+            f"got fewer, or a run from before it: train it again with a larger --holdout"
+        )
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: expected a picture or a folder of them, got no such file")
-    delta = float(model.delta) if normal is None else normal.delta
+    delta, delta_standardised = float(model.delta), None
+    column, threshold = "score", delta
+    if model.normal is not None:
+        delta_standardised = float(model.normal.delta)
+    if standardised:
+        column, threshold = "score_d_standardised", delta_standardised
     files = [file for path in paths for file in (images_in(path) if path.is_dir() else [path])]
     gallery = None
     if heatmaps:
@@ -444,13 +372,19 @@ def score_images(run, model, paths, *, normal, batch_size, skip_bad, as_json, he
         if not decoded:
             continue
         images = np.stack([image for _, image in decoded])
-        scores = score_batch(model, normal, torch.from_numpy(images).permute(0, 3, 1, 2))
+        scores = model.scores(torch.from_numpy(images).permute(0, 3, 1, 2))
         for i, (file, _) in enumerate(decoded):
             values = {name: float(x[i]) for name, x in scores.items() if name != "heat"}
-            values["score"] = values.get("standardised", values["score"])
-            anomalous = values["score"] >= delta  # Eq. 10
+            anomalous = values[column] >= threshold  # Eq. 10
             any_anomalous = any_anomalous or anomalous
-            print_verdict(file, values, delta, anomalous=anomalous, as_json=as_json)
+            if as_json:
+                deltas = {"delta": delta, "delta_standardised": delta_standardised}
+                known = {name: x for name, x in {**deltas, **values}.items() if x is not None}
+                line = {"image": str(file), "anomalous": anomalous, **known}
+                print(json.dumps(line), flush=True)
+            else:
+                verdict = "anomalous" if anomalous else "normal"
+                print(f"{values[column]:9.3f} {threshold:9.3f} {verdict:9}  {file}", flush=True)
             if gallery:
                 gallery.add(str(file), read_image(file, None), scores["heat"][i].cpu(), values)
     if gallery:
@@ -467,15 +401,6 @@ def decode_pictures(files, size, skip_bad):
             if not skip_bad:
                 raise
             print(f"skipped: {error}", file=sys.stderr)
-
-
-def print_verdict(file, values, delta, *, anomalous, as_json):
-    if as_json:
-        line = json.dumps({"image": str(file), "anomalous": anomalous, "delta": delta, **values})
-    else:
-        verdict = "anomalous" if anomalous else "normal"
-        line = f"{values['score']:9.3f} {delta:9.3f} {verdict:9}  {file}"
-    print(line, flush=True)
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -534,7 +459,7 @@ def mistakes(result):
         line += f"; missed {', '.join(missed)}"
     if "delta_standardised" in result:
         line += (
-            f"\n  standardised, delta {result['delta_standardised']:.3f}: "
+            f"\n  by S_D standardised, delta {result['delta_standardised']:.3f}: "
             f"false alarms {result['false_alarms_standardised']} of {result['n_normal']}; "
             f"missed {result['misses_standardised']} of {result['n_anomalous']}"
         )
@@ -578,6 +503,11 @@ def make_parser():
     )
     add("--exit-code", action="store_true", help="with --images: exit 1 if one is anomalous")
     add(
+        "--standardised",
+        action="store_true",
+        help="with --images: the verdict is by S_D standardised; pictures keep the paper's score",
+    )
+    add(
         "--heatmaps",
         type=Path,
         metavar="DIR",
@@ -589,12 +519,6 @@ def make_parser():
         default=0,
         metavar="N",
         help="the N worst misses and false alarms, in RUN/failures",
-    )
-    add(
-        "--standardise",
-        action="store_true",
-        help="also S_D of Diff in deviations from the normal images that training held out; "
-        "with --images the verdict is by it",
     )
     add("--plot", action="store_true", help="RUN/training.svg, histogram.svg and roc.svg")
     add(
@@ -616,7 +540,7 @@ def parse(argv):
     args = make_parser().parse_args(argv)
     for name, least in (("batch_size", 1), ("show_failures", 0)):
         runs.check_whole(name, getattr(args, name), least)
-    for name in ("json", "exit_code"):
+    for name in ("json", "exit_code", "standardised"):
         if getattr(args, name) and not args.images:
             raise UserError(f"{runs.flag(name)}: expected --images with it, got none")
     return args
@@ -646,17 +570,13 @@ def score_other_images(args, run, device, weights):
     """--images, from the command line; -> the exit code."""
     runs.set_tf32(args.precision)
     model = runs.load(run, weights, device, precision=args.precision)
-    normal = None
-    if args.standardise:
-        settings = runs.read_config(run)["settings"]
-        normal = find_normal(run, model, settings, args.data_root)
     anomalous = score_images(
         run,
         model,
         args.images,
-        normal=normal,
         batch_size=args.batch_size,
         skip_bad=args.skip_bad,
+        standardised=args.standardised,
         as_json=args.json,
         heatmaps=args.heatmaps,
     )
@@ -677,7 +597,6 @@ def score_runs(args, folders, device, weights):
         precision=args.precision,
         batch_size=args.batch_size,
         skip_bad=args.skip_bad,
-        standardise=args.standardise,
     ):
         with report_and_go_on(todo):
             result = write_result(scored, device)

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 import runs
 from data import CATEGORIES, find_category, slug, train_files, train_split
 from runs import CHOICES, UserError
-from vitad import LAM, LAYERS, TOP_K
+from vitad import FEW, LAM, LAYERS, TOP_K
 from weights.download import ensure_weights
 
 # Chosen on normal images alone: results/recipe.md. From 14 to 27 epochs pill's training loss still
@@ -47,7 +47,6 @@ from weights.download import ensure_weights
 EPOCHS = 28
 LEAST_STEPS = 400  # for which few images need more epochs
 MUON_LR = 0.008  # up to DeiT-Tiny's width of 192
-FEW = 5  # images held out: with fewer, the deviation of their scores is off by a third and more
 LOG_EVERY = 10  # steps between lines of the log
 EVAL_BATCH = 32  # images at a time without gradient
 
@@ -859,9 +858,10 @@ class Training:
         runs.set_tf32("fp32")  # whatever becomes a score is float32; the cache may hold bfloat16
         self.model.precision = "fp32"
         on = self.images.device
-        parts = [self.model.scores(self.images[i.to(on)]) for i in index.split(EVAL_BATCH)]
-        scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        self.model.calibrate(scores)
+        parts = [self.model.compare(self.images[i.to(on)]) for i in index.split(EVAL_BATCH)]
+        diffs = {c: torch.cat([part[c] for part, _ in parts]) for c in self.model.layers}
+        terms_of_s_a = [torch.cat(term) for term in zip(*(t for _, t in parts), strict=True)]
+        scores = self.model.calibrate(diffs, terms_of_s_a)
         facts = {"step": self.step, "delta": self.model.delta.item(), "images": len(index)}
         spread = {
             name: {"mean": x.mean().item(), "std": x.std(correction=0).item()}

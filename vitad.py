@@ -22,6 +22,8 @@ from torch import nn
 LAYERS = (3, 6, 9, 11)  # group_c of section 4.1, counted from 0: Eq. 4 counts c from 0 to M - 1
 TOP_K = 20  # k of Eq. 9, section 4.1
 LAM = 1.0  # lambda of Eq. 6, section 4.1
+SMALL = 1e-6  # least standard deviation of Diff
+FEW = 5  # normal images: with fewer, the deviation of their scores is off by a third and more
 
 
 def distance(x, y, reading="unit"):
@@ -228,6 +230,57 @@ def heat(diffs):
     return sum(maps).flatten(1)
 
 
+class Normal(nn.Module):
+    """Diff of Eq. 8 on normal images, to standardise it with. Not in the paper.
+
+    mean, std: {c: (1 + P,)}, over the images, of each position of each layer. delta: Eq. 10's, for
+    S_D of the standardised Diff.
+    """
+
+    def __init__(self, mean, std, delta):
+        super().__init__()
+        for c in mean:
+            self.register_buffer(f"mean_{c}", mean[c])
+            self.register_buffer(f"std_{c}", std[c])
+        self.register_buffer("delta", delta)
+
+    @classmethod
+    def of(cls, diffs, top_k=TOP_K):
+        """{c: Diff_c (n, 1 + P)} of normal images, n > 2 -> a Normal.
+
+        delta is `calibrate` of their scores, each by the mean and std of the n - 1 others. These
+        follow from those of all: mean_i = mean - own / (n - 1), and var_i = ((n - 1) var -
+        n / (n - 1) own^2) / (n - 2), with own = Diff_i - mean.
+        """
+        mean, std = mean_and_std(diffs)
+        deviations = {}
+        for c, d in diffs.items():
+            n, own = len(d), d.double() - d.double().mean(dim=0)
+            squares = own.square()
+            var = (squares.sum(dim=0) - n / (n - 1) * squares) / (n - 2)
+            deviations[c] = n / (n - 1) * own / var.clamp(min=0).sqrt().clamp(min=SMALL)
+        scores = sum(score_d(deviations, top_k)).to(mean[c].dtype)
+        return cls(mean, std, calibrate(scores))
+
+    def score_d(self, diffs, top_k=TOP_K):
+        """Eq. 9 of (Diff - mean) / std: {c: Diff_c (B, 1 + P)} -> (B,).
+
+        On every normal image some positions are farther from the teacher than others. Here each is
+        compared with itself. A std of 0 counts as `SMALL`.
+        """
+        deviations = {}
+        for c, d in diffs.items():
+            mean, std = getattr(self, f"mean_{c}"), getattr(self, f"std_{c}")
+            deviations[c] = (d - mean) / std.clamp(min=SMALL)
+        return sum(score_d(deviations, top_k))
+
+
+def mean_and_std(diffs):
+    """{c: (n, 1 + P)} -> both over the n images, {c: (1 + P,)} each."""
+    mean = {c: d.mean(dim=0) for c, d in diffs.items()}
+    return mean, {c: d.std(dim=0) for c, d in diffs.items()}
+
+
 class Distillation(nn.Module):
     """Teacher, student and anchor: the loss terms of a batch, and the scores of a batch.
 
@@ -240,7 +293,8 @@ class Distillation(nn.Module):
     precision: "bf16" runs both networks under autocast; weights, losses, scores stay float32.
 
     delta: the threshold of Eq. 10. heat_scale: two values over normal images, the median heat of a
-    patch, and `calibrate` of each image's hottest patch. All are NaN before `calibrate`.
+    patch, and `calibrate` of each image's hottest patch. Both are NaN before `calibrate`. normal:
+    see `Normal`; None before, and where `calibrate` had fewer than `FEW` images.
     """
 
     def __init__(
@@ -270,14 +324,21 @@ class Distillation(nn.Module):
         self.anchor = Anchor(teacher.config["width"], anchor)
         self.register_buffer("delta", torch.tensor(math.nan))
         self.register_buffer("heat_scale", torch.full((2,), math.nan))
+        self.normal = None
 
     def learned_state(self):
-        """What scoring needs besides the teacher: tensors of student, anchor, delta, heat_scale."""
+        """What scoring needs besides the teacher: student, anchor, delta, heat_scale, normal."""
         state = self.state_dict()
         return {key: value for key, value in state.items() if not key.startswith("teacher.")}
 
     def load_learned_state(self, state):
         """The inverse of `learned_state`, strict: every key has to be there and no other."""
+        self.normal = None
+        if "normal.delta" in state:
+            like = {c: state.get(f"normal.mean_{c}", self.delta) for c in self.layers}
+            mean = {c: torch.empty_like(x) for c, x in like.items()}
+            std = {c: torch.empty_like(x) for c, x in like.items()}
+            self.normal = Normal(mean, std, torch.empty_like(self.delta))
         teacher = {f"teacher.{key}": value for key, value in self.teacher.state_dict().items()}
         self.load_state_dict({**teacher, **state}, strict=True)
 
@@ -333,12 +394,13 @@ class Distillation(nn.Module):
         """uint8 images (B, 3, size, size) -> the score of Eq. 10 and its parts, (B,) each.
 
         "score" = "score_d" + "score_a_teacher" + "score_a_student". "score_d_cls" is the class
-        tokens' share of score_d. "heat" (B, P) has a number per patch. t = teach(images), if known.
+        tokens' share of score_d. "heat" (B, P) has a number per patch. "score_d_standardised" is
+        beside them where there is a `Normal`. t = teach(images), if known.
         """
         return self.scores_of(*self.compare(images, t))
 
     def scores_of(self, diffs, terms_of_s_a):
-        """What `compare` returned -> the same."""
+        """What `compare` returned -> the scores, see `scores`."""
         cls, patches = score_d(diffs, self.top_k)
         a_teacher, a_student = terms_of_s_a
         parts = {
@@ -346,11 +408,21 @@ class Distillation(nn.Module):
             "score_a_teacher": a_teacher,
             "score_a_student": a_student,
         }
-        return {"score": score(**parts), **parts, "score_d_cls": cls, "heat": heat(diffs)}
+        scores = {"score": score(**parts), **parts, "score_d_cls": cls, "heat": heat(diffs)}
+        if self.normal is not None:
+            scores["score_d_standardised"] = self.normal.score_d(diffs, self.top_k)
+        return scores
 
-    def calibrate(self, scores):
-        """Set delta and heat_scale from the `scores` of normal images."""
+    def calibrate(self, diffs, terms_of_s_a):
+        """Set delta, heat_scale and normal by what `compare` returned of normal images.
+
+        -> their scores, see `scores`.
+        """
+        scores = self.scores_of(diffs, terms_of_s_a)
         self.delta.copy_(calibrate(scores["score"]))
         usual = scores["heat"].median()
         hottest = calibrate(scores["heat"].amax(dim=1))
         self.heat_scale.copy_(torch.stack([usual, hottest]))
+        enough = len(scores["score"]) >= FEW
+        self.normal = Normal.of(diffs, self.top_k) if enough else None
+        return scores

@@ -21,6 +21,7 @@ import math
 import sys
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 if __name__ == "__main__":
     import _root  # noqa: F401 (puts the repository on the path)
@@ -29,23 +30,19 @@ import torch
 import torch.nn.functional as F
 
 import runs
-from data import test_split
-from evaluate import Normal, auroc, find_runs, held_out_diffs, standardised
-from vitad import score_d
+from data import test_split, train_split
+from evaluate import auroc, find_runs
+from train import hold_out
+from vitad import FEW, Normal, mean_and_std, score_d
 
 SCORE = "S_D + S_A (Eq. 10)"
 
 
 def score_parts(model, images, batch_size=32):
     """-> {c: Diff_c of Eq. 8 (n, 1 + P)}, and S_A (n,)."""
-    diffs = {c: [] for c in model.layers}
-    anchors = []
-    for batch in images.split(batch_size):
-        of_batch, terms = model.compare(batch)
-        for c, d in of_batch.items():
-            diffs[c].append(d.cpu())
-        anchors.append(sum(terms).cpu())
-    return {c: torch.cat(batches) for c, batches in diffs.items()}, torch.cat(anchors)
+    parts = [model.compare(batch) for batch in images.split(batch_size)]
+    diffs = {c: torch.cat([part[c] for part, _ in parts]).cpu() for c in model.layers}
+    return diffs, torch.cat([sum(terms) for _, terms in parts]).cpu()
 
 
 def variants(diffs, s_a, top_k):
@@ -68,16 +65,26 @@ def variants(diffs, s_a, top_k):
     return scores
 
 
-def normal_of_layer(diffs):
-    """Normal images' {c: Diff_c (n, 1 + P)} -> a Normal with one value for all patches of a layer.
+def held_out_diffs(model, settings):
+    """{c: Diff_c (n, 1 + P)} of the normal images that training held out, or None."""
+    if not settings.get("holdout"):
+        return None
+    place = (settings["dataset"], settings["data_root"], settings["category"])
+    images = train_split(*place, model.teacher.image_size).images
+    _, index = hold_out(SimpleNamespace(**settings), len(images))
+    return score_parts(model, images[index])[0]
 
-    The class token keeps its own.
+
+def per_layer(diffs):
+    """A Normal with the same mean and deviation at all patches of a layer.
+
+    diffs: of normal images, {c: (n, 1 + P)}. The class tokens keep their own.
     """
-    normal = Normal.of(diffs)
+    mean, std = mean_and_std(diffs)
     for c, d in diffs.items():
-        normal.mean[c][1:] = d[:, 1:].mean()
-        normal.std[c][1:] = d[:, 1:].std()
-    return normal
+        mean[c][1:] = d[:, 1:].mean()
+        std[c][1:] = d[:, 1:].std()
+    return Normal(mean, std, torch.tensor(math.nan))
 
 
 def noise(diffs):
@@ -114,7 +121,7 @@ def on_the_defect(diffs, masks, chosen, top_k):
 def column(settings, model, normal):
     """One run's column of the table, {row: number}; its scores (n,); the labels.
 
-    normal: Diff on the held-out normal images, {c: (n, 1 + P)}, or None.
+    normal: see `held_out_diffs`.
     """
     split = test_split(
         settings["dataset"],
@@ -124,10 +131,10 @@ def column(settings, model, normal):
     )
     diffs, s_a = score_parts(model, split.images)
     scores = variants(diffs, s_a, model.top_k)
-    if normal is not None:
-        for name, find in (("layer", normal_of_layer), ("layer and position", Normal.of)):
-            values = standardised(diffs, find(normal), model.top_k)
-            scores[f"S_D, standardised per {name}"] = values
+    if normal is not None and len(normal[model.layers[0]]) >= FEW:
+        both = Normal.of(normal, model.top_k)
+        for name, one in (("layer", per_layer(normal)), ("layer and position", both)):
+            scores[f"S_D, standardised per {name}"] = one.score_d(diffs, model.top_k)
     numbers = {name: auroc(values, split.labels) for name, values in scores.items()}
     if split.masks is not None:
         anomalous = torch.tensor(split.labels) == 1
@@ -177,8 +184,7 @@ def main(argv):
         model = runs.load(run, teacher=teacher)
         teacher = model.teacher
         settings.append(runs.read_config(run)["settings"])
-        normal = held_out_diffs(model, settings[-1])
-        normals.append(normal and {c: d.cpu() for c, d in normal.items()})
+        normals.append(held_out_diffs(model, settings[-1]))
         columns.append(column(settings[-1], model, normals[-1]))
     names = [f"{run.parent.name} {run.name}" for run in args.runs]
     print(f"| score | {' | '.join(names)} |")

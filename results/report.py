@@ -20,7 +20,7 @@ NAMES = {
 COLUMNS = {  # of a table: the key in result.json
     "AUROC": "auroc",
     "S_D": "auroc_score_d",
-    "S_D, standardised": "auroc_standardised",
+    "S_D standardised": "auroc_standardised",
     "S_A": "auroc_score_a",
     "teacher's term": "auroc_score_a_teacher",
     "nearest patch": "auroc_nearest",
@@ -28,11 +28,11 @@ COLUMNS = {  # of a table: the key in result.json
     "AU-PRO": "au_pro",
 }
 EXPLANATION = """\
-Image AUROC in %, last epoch; mean ± standard deviation over the seeds. S_D, S_A and the teacher's
-term of S_A, which needs no training: the AUROC of these alone. S_D, standardised: of Diff in
-deviations from held-out normal images, by `evaluate.py --standardise`. Nearest patch: the same
-teacher without a student, by nearest.py. Both where that has run. Made by `evaluate.py --report`
-from the JSON files beside this table. The runs were trained and scored by the commands below.
+Image AUROC in %, last epoch; mean ± standard deviation over the seeds. S_D, S_A, the teacher's term
+of S_A, which needs no training, and S_D standardised (vitad.Normal), which is not the paper's: the
+AUROC of these alone. Nearest patch: the same teacher without a student, by nearest.py. Made by
+`evaluate.py --report` from the JSON files beside this table. The runs were trained and scored by
+the commands below.
 """
 FILLS = {"the paper": "#9e9e9e", "nearest patch": "#fdae6b", "ours": "#1f77b4"}  # of the bars
 NUMBER = int | float | None

@@ -178,10 +178,11 @@ def test_the_papers_numbers_are_there_for_every_category():
 def world(tmp_path_factory, own_cache):
     """A folder with two runs."""
     folder = tmp_path_factory.mktemp("report")
-    make_category(folder / "own", train=4)
+    make_category(folder / "own", train=7)
     save_vit(tiny_vit(), folder / "teacher.safetensors")
     command = ("--dataset", "folder", "--data-root", "own", "--weights", "teacher.safetensors")
-    result = call(train.main, *command, "--epochs", 1, "--seeds", "0,1", cwd=folder)
+    options = ("--epochs", 1, "--seeds", "0,1", "--holdout", 0.7)
+    result = call(train.main, *command, *options, cwd=folder)
     assert result.code == 0, result.err
     return folder
 
@@ -263,14 +264,12 @@ def test_the_noise_of_two_students(world):
     assert mixed[3] == pytest.approx(0.5, abs=0.05)
 
 
-def test_standardised_diffs():
+def test_standardised_per_layer():
+    """One mean and one deviation of all patches; the class token keeps its own."""
     normal = {3: torch.tensor([[1.0, 2.0, 10.0], [3.0, 4.0, 14.0], [5.0, 6.0, 18.0]])}
-    test = {3: torch.tensor([[5.0, 8.0, 8.0]])}  # 1, 2 and -1.5 deviations from the means
-    score = evaluate.standardised(test, evaluate.Normal.of(normal), top_k=2)
-    torch.testing.assert_close(score, torch.tensor([1 + 0.25]))
-    score = evaluate.standardised(test, evaluate.Normal.of(normal), top_k=1)
-    torch.testing.assert_close(score, torch.tensor([1.0 + 2]))
+    normal[6] = normal[3] + 1
+    test = {3: torch.tensor([[5.0, 8.0, 8.0]]), 6: torch.tensor([[6.0, 9.0, 9.0]])}
     patches = normal[3][:, 1:]
-    expected = 1 + (8 - patches.mean()) / patches.std()
-    score = evaluate.standardised(test, anatomy.normal_of_layer(normal), top_k=2)
+    expected = 2 * (1 + (8 - patches.mean()) / patches.std())
+    score = anatomy.per_layer(normal).score_d(test, 2)
     torch.testing.assert_close(score, expected[None])

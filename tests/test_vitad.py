@@ -393,13 +393,55 @@ def test_scores_do_not_depend_on_the_batch():
 
 def test_calibration_of_the_heat():
     """Usual: the median patch. Hot: where 99 % of the images' hottest patches end."""
-    model, heat = distillation(), torch.zeros(199, 5)
+    model, d = distillation(top_k=1), torch.zeros(199, 5)
     assert model.delta.isnan() and model.heat_scale.isnan().all()
-    heat[:, 3] = torch.arange(1.0, 200.0)  # of each of 199 images one patch is warm
-    model.calibrate({"score": torch.arange(1.0, 200.0) / 2, "heat": heat})
-    assert model.delta.item() == pytest.approx(99)
+    d[:, 3] = torch.arange(1.0, 200.0)  # of each of 199 images one patch is warm
+    scores = model.calibrate({11: d}, (torch.zeros(199), torch.ones(199)))
+    assert scores["score"].tolist() == list(range(2, 201))
+    assert model.delta.item() == pytest.approx(199)
     assert model.heat_scale.tolist() == pytest.approx([0, 198])
     assert {"delta", "heat_scale"} <= set(model.learned_state())
+
+
+def naive_standardised(image, normals, top_k):
+    """[layer][token] of an image and of normal images -> S_D of the standardised Diff."""
+    total = 0
+    for layer, tokens in enumerate(image):
+        deviations = []
+        for token, value in enumerate(tokens):
+            usual = [normal[layer][token] for normal in normals]
+            mean = sum(usual) / len(usual)
+            variance = sum((x - mean) ** 2 for x in usual) / (len(usual) - 1)
+            deviations.append((value - mean) / variance**0.5)
+        hottest = sorted(deviations[1:], reverse=True)[:top_k]
+        total += deviations[0] + sum(hottest) / top_k
+    return total
+
+
+def test_standardised_score():
+    """Its delta: each normal image by the others. Layers may have different numbers of patches."""
+    generator = torch.Generator().manual_seed(0)
+    diffs = {c: torch.rand(11, 1 + p, generator=generator).double() for c, p in ((3, 9), (11, 4))}
+    images = [[d[i].tolist() for d in diffs.values()] for i in range(11)]
+    normals, test = images[:6], images[6:]
+    model = distillation(top_k=3).double()
+    zeros = (torch.zeros(6), torch.zeros(6))
+    model.calibrate({c: d[:6] for c, d in diffs.items()}, zeros)
+    score = model.normal.score_d({c: d[6:] for c, d in diffs.items()}, 3)
+    expected = [naive_standardised(image, normals, 3) for image in test]
+    assert score.tolist() == pytest.approx(expected)
+    of_normals = [
+        naive_standardised(image, normals[:i] + normals[i + 1 :], 3)
+        for i, image in enumerate(normals)
+    ]
+    expected = vitad.calibrate(torch.tensor(of_normals))
+    assert model.normal.delta.item() == pytest.approx(expected.item())
+    few = vitad.FEW - 1
+    model.calibrate({c: d[:few] for c, d in diffs.items()}, [zero[:few] for zero in zeros])
+    assert model.normal is None  # too few to know a deviation
+
+    same = {3: torch.ones(5, 10), 11: torch.ones(5, 5)}  # no deviation at all
+    assert vitad.Normal.of(same, 3).score_d(same, 3).tolist() == [0] * 5
 
 
 def test_learned_state_carries_all_that_scoring_needs():
@@ -407,11 +449,20 @@ def test_learned_state_carries_all_that_scoring_needs():
     perturb(model.student, seed=9)
     learn(model)
     model.delta.fill_(3.5)
+    assert model.normal is None and "score_d_standardised" not in model.scores(IMAGES)
+    other.load_learned_state(model.learned_state())  # a run that too few images calibrated
+    assert other.normal is None
+    parts = [model.compare(IMAGES) for _ in range(vitad.FEW)]
+    diffs = {c: torch.cat([part[c] for part, _ in parts]) for c in model.layers}
+    model.normal = vitad.Normal.of(diffs)
     state = model.learned_state()
     assert not any(key.startswith("teacher.") for key in state)
     other.load_learned_state(state)
     assert other.delta == 3.5
-    assert torch.equal(other.scores(IMAGES)["score"], model.scores(IMAGES)["score"])
+    scores, expected = other.scores(IMAGES), model.scores(IMAGES)
+    assert scores.keys() == expected.keys() and "score_d_standardised" in scores
+    for name, value in expected.items():
+        assert torch.equal(scores[name], value), name
     del state["anchor.running"]
     with pytest.raises(RuntimeError, match="anchor.running"):
         other.load_learned_state(state)
