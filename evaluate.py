@@ -11,8 +11,8 @@ beside ours. Each run folder gets scores.csv (a line per image: raw scores, high
 and result.json.
 
 Columns: AUROC of the score S_D + S_A (Eq. 10); of S_D alone; of S_A alone; of the teacher's term of
-S_A alone, which needs no training; of S_D standardised (vitad.Normal), which is not the paper's.
-Where there are masks: of the pixels, and AU-PRO.
+S_A alone, which needs no training; S_D stand.: of S_D standardised (vitad.Normal), which is not the
+paper's. Where there are masks: of the pixels, and AU-PRO.
 """
 
 import os
@@ -422,7 +422,7 @@ def table(results):
         "paper": "paper_auroc",
         "S_D": "auroc_score_d",
         "S_A": "auroc_score_a",
-        "S_A teacher": "auroc_score_a_teacher",
+        "teacher": "auroc_score_a_teacher",
     }
     if any(result.get("auroc_standardised") is not None for result in results):
         columns["S_D stand."] = "auroc_standardised"
@@ -439,11 +439,11 @@ def table(results):
     rows = [(result["category"], str(result["seed"]), result) for result in results]
     rows.append(("mean", "", means))
     width = max(len("category"), *(len(name) for name, _, _ in rows))
-    titles = " ".join(f"{title:>11}" for title in columns)
+    titles = " ".join(f"{title:>10}" for title in columns)
     lines = [f"{'category':{width}} {'seed':>4} {titles}"]
     for name, seed, values in rows:
         cells = [values.get(key) for key in columns.values()]
-        shown = " ".join(f"{'n/a' if x is None else f'{x:.2f}':>11}" for x in cells)
+        shown = " ".join(f"{'n/a' if x is None else f'{x:.2f}':>10}" for x in cells)
         lines.append(f"{name:{width}} {seed:>4} {shown}")
     return "\n".join(lines)
 

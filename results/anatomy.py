@@ -5,7 +5,7 @@
 
 prints a Markdown table with a column per run, on the complete test split. It has the image AUROC in
 % of variants of the score: single layers, class token and patches, other k of Eq. 9, other weights
-of S_A, Diff less its mean over the normal images that training held out, over its deviation there.
+of S_A, S_D standardised (vitad.Normal) by the normal images that training held out.
 Where there are masks, it has how much of the k hottest patches of Eq. 9 lies on the defect.
 
 Of runs that differ in the seed alone, a line has the AUROC of their mean score: what is left when

@@ -578,7 +578,8 @@ def test_the_demo_works_without_any_argument(demo):
     assert result.code == 0, result.err
     lines = result.out.splitlines()
     assert lines[0].startswith("washer seed 0, delta ") and "of 8, scratch " in lines[0]
-    assert lines[1].startswith("demo: ") and "teacher demo_teacher (DEMO" in lines[1]
+    assert lines[1].startswith("  by S_D standardised, delta ")
+    assert lines[2].startswith("demo: ") and "teacher demo_teacher (DEMO" in lines[2]
     percent, paper = lines[-1].split()[1:3]
     assert float(percent) >= 95 and paper == "n/a"
     scores = (demo / "runs/demo/washer/seed0/scores.csv").read_text()
