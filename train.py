@@ -104,7 +104,9 @@ class Settings:
     momentum: float = option(0.9, "of sgd")
     weight_decay: float = option(0.0, "of every trained parameter")
     warmup: int = option(20, "steps of linear warm-up")
-    decay: str = option("cosine", "learning rate after the warm-up", ["cosine", "constant"])
+    decay: str = option(
+        "linear", "learning rate after the warm-up", ["linear", "cosine", "constant"]
+    )
     clip_grad: float = option(0.0, "largest gradient norm, 0 = off; sgd with l2 or mse needs 1")
     lam: float = option(LAM, "lambda of Eq. 6")
     top_k: int = option(TOP_K, "k of Eq. 9, in patches")
@@ -456,13 +458,15 @@ def second_half(curve):
 
 
 def learning_rate(step, steps, peak, settings):
-    """Linear warm-up to the peak, then a cosine down to 0 over the remaining steps, or constant."""
+    """Linear warm-up to the peak, then down to 0 over the remaining steps, or constant."""
     if step < settings.warmup:
         return peak * (step + 1) / settings.warmup
     if settings.decay == "constant":
         return peak
-    done = (step - settings.warmup) / (steps - settings.warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
+    left = (steps - step) / (steps - settings.warmup)
+    if settings.decay == "cosine":
+        return peak * 0.5 * (1 - math.cos(math.pi * left))
+    return peak * left
 
 
 def hold_out(settings, n):

@@ -118,12 +118,15 @@ def test_what_the_held_out_distances_say_of_the_length():
 
 
 def test_learning_rate():
-    settings = train.Settings(warmup=4)
-    rates = [train.learning_rate(step, 12, 2.0, settings) for step in range(12)]
-    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]  # linear up to the peak
-    cosine = [1 + math.cos(math.pi * done / 8) for done in range(8)]
-    assert rates[4:] == pytest.approx(cosine)  # and down to 0 over the other 8 steps
-    assert train.learning_rate(12, 12, 2.0, settings) == pytest.approx(0)
+    for decay, down in (
+        ("linear", [2 * (1 - done / 8) for done in range(9)]),
+        ("cosine", [1 + math.cos(math.pi * done / 8) for done in range(9)]),
+    ):
+        settings = train.Settings(warmup=4, decay=decay)
+        rates = [train.learning_rate(step, 12, 2.0, settings) for step in range(13)]
+        assert rates[:4] == [0.5, 1.0, 1.5, 2.0]  # linear up to the peak
+        assert rates[4:] == pytest.approx(down)  # and down to 0 over the other 8 steps
+    assert train.Settings().decay == "linear"
     constant = train.Settings(warmup=2, decay="constant")
     rates = [train.learning_rate(step, 6, 2.0, constant) for step in range(6)]
     assert rates == [1.0, 2.0, 2.0, 2.0, 2.0, 2.0]
