@@ -24,7 +24,17 @@ from results.pictures import Axes
 from runs import UserError
 
 TABLE = Path(__file__).parent / "recipe.csv"
-SETTINGS = ("dataset", "category", "optimizer", "batch_size", "weight_decay", "seed", "holdout")
+SETTINGS = (
+    "dataset",
+    "category",
+    "optimizer",
+    "batch_size",
+    "weight_decay",
+    "seed",
+    "holdout",
+    "warmup",
+    "decay",
+)
 MEASURED = ("epochs", "step", "held_out_mean", "block3", "block6", "block9", "block11", "loss")
 COLUMNS = ("teacher", *SETTINGS, "lr", *MEASURED, "commit")
 BLOCKS = [3, 6, 9, 11]
