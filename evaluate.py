@@ -347,22 +347,22 @@ def score_images(run, model, paths, *, batch_size, skip_bad, standardised, as_js
     """
     if standardised and model.normal is None:
         raise UserError(
-            f"{run}: expected a run that {FEW} images or more calibrate, for --standardised, "
-            f"got fewer, or a run from before it: train it again with a larger --holdout"
+            f"{run}: expected {FEW} or more images held out for --standardised, got fewer, "
+            f"or a run of an earlier version: train it again"
         )
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: expected a picture or a folder of them, got no such file")
-    delta, delta_standardised = float(model.delta), None
-    column, threshold = "score", delta
+    deltas = {"delta": float(model.delta)}
     if model.normal is not None:
-        delta_standardised = float(model.normal.delta)
+        deltas["delta_standardised"] = float(model.normal.delta)
+    column, threshold = "score", deltas["delta"]
     if standardised:
-        column, threshold = "score_d_standardised", delta_standardised
+        column, threshold = "score_d_standardised", deltas["delta_standardised"]
     files = [file for path in paths for file in (images_in(path) if path.is_dir() else [path])]
     gallery = None
     if heatmaps:
-        gallery = pictures.Gallery(heatmaps, str(run), delta, model.heat_scale.tolist())
+        gallery = pictures.Gallery(heatmaps, str(run), deltas["delta"], model.heat_scale.tolist())
     if not as_json:
         print(f"{'score':>9} {'delta':>9} verdict    image")
     any_anomalous = False
@@ -378,9 +378,7 @@ def score_images(run, model, paths, *, batch_size, skip_bad, standardised, as_js
             anomalous = values[column] >= threshold  # Eq. 10
             any_anomalous = any_anomalous or anomalous
             if as_json:
-                deltas = {"delta": delta, "delta_standardised": delta_standardised}
-                known = {name: x for name, x in {**deltas, **values}.items() if x is not None}
-                line = {"image": str(file), "anomalous": anomalous, **known}
+                line = {"image": str(file), "anomalous": anomalous, **deltas, **values}
                 print(json.dumps(line), flush=True)
             else:
                 verdict = "anomalous" if anomalous else "normal"

@@ -252,7 +252,7 @@ OPTIONS = [
         "evaluate",
         None,
         "--images data/bottle/train/good --standardised",
-        "5 images or more calibrate",
+        "expected 5 or more images held out",
     ),
     ("evaluate", None, "--images", "--images: expected at least one argument"),
     ("evaluate", None, "--precision ''", "--precision: invalid choice: ''"),
