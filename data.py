@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from runs import UserError, atomic, cache_folder, one_at_a_time
 from weights.demo_washers import draw_washers
@@ -154,7 +154,7 @@ def find_category(dataset, text):
         hint = f"that is one of --dataset {others[0]}"
     else:
         hint = f"choose from {', '.join(known)}, or 0 to {len(known) - 1}"
-    raise UserError(f"--category: expected a category of {dataset}, or all, got {text!r}: {hint}")
+    raise UserError(f"--category: expected a category of {dataset}, got {text!r}: {hint}")
 
 
 # ------------------------------------------------------------------------------------------- splits
@@ -347,7 +347,8 @@ def read_masks(folder, paths, size):
             )
         try:
             with open_image(file) as image:
-                defective = torch.from_numpy(np.array(image.convert("L")) > 0)
+                upright = ImageOps.exif_transpose(image).convert("L")
+                defective = torch.from_numpy(np.array(upright) > 0)
         except Exception as error:  # as in `read_image`
             raise undecodable(file, error, "replace it, or remove ground_truth") from None
         # A small pixel is defective where any of its large ones is, so that no thin defect is lost.
@@ -356,10 +357,14 @@ def read_masks(folder, paths, size):
 
 
 def image_size(path):
-    """(width, height) from an image file's header; None if it does not open."""
+    """(width, height) of an image file upright, from its header; None if it does not open."""
     try:
         with open_image(path) as image:
-            return image.size
+            # A PNG that has none before its pixels would be decoded in search of it.
+            known = image.format != "PNG" or "exif" in image.info
+            orientation = image.getexif().get(ExifTags.Base.Orientation) if known else None
+            turned = orientation in (5, 6, 7, 8)  # by 90 degrees
+            return image.size[::-1] if turned else image.size
     except Exception:  # as in `read_image`
         return None
 

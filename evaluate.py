@@ -142,10 +142,10 @@ def find_runs(paths, out):
     """The run folders named, or every complete one below `out`."""
     folders = [Path(path) for path in paths]
     if not folders:
-        folders = sorted(path.parent for path in Path(out).glob("**/model.safetensors"))
+        folders = sorted(path.parent for path in Path(out).glob("*/*/seed*/model.safetensors"))
     if not folders:
         raise UserError(
-            f"{out}: expected complete runs (folders with model.safetensors), got none: "
+            f"{out}: expected complete runs (*/*/seed*/model.safetensors), got none: "
             f"train one with python train.py"
         )
     for run in folders:
@@ -259,7 +259,10 @@ def write_result(scored, device):
     run, split, scores = scored.run, scored.split, scored.scores
     result = {**summarise(scored), **summarise_standardised(scored), **runs.provenance(device)}
     columns = [name for name in SCORES if name in scores]
-    with runs.atomic(run / "scores.csv") as path, open(path, "w", newline="") as file:
+    with (
+        runs.atomic(run / "scores.csv") as path,
+        open(path, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("image", "label", *columns))
         for i, name in enumerate(split.names):
@@ -275,8 +278,7 @@ def summarise(scored):
     settings = config["settings"]
     labels = np.array(split.labels)
     delta = float(scored.model.delta)
-    anomalous = scores["score"].numpy() >= delta  # Eq. 10
-    missed = ~anomalous & (labels == 1)
+    missed = (scores["score"].numpy() < delta) & (labels == 1)
     score_a = scores["score_a_teacher"] + scores["score_a_student"]
     pixel_auroc, au_pro = math.nan, math.nan
     if split.masks is not None:
@@ -304,9 +306,7 @@ def summarise(scored):
         "n_normal": int((labels == 0).sum()),
         "n_anomalous": int((labels == 1).sum()),
         "skipped": split.skipped,
-        "delta": delta,
-        "false_alarms": int((anomalous & (labels == 0)).sum()),
-        "misses": int(missed.sum()),
+        **at_delta(scores["score"], labels, delta),
         "misses_by_kind": misses_by_kind,
         "teacher": config["teacher"].get("name"),
         "teacher_sha256": config["teacher"]["sha256"],
@@ -316,18 +316,26 @@ def summarise(scored):
 
 def summarise_standardised(scored):
     """More numbers of result.json, where the run has a vitad.Normal."""
-    if scored.model.normal is None:
+    normal = scored.model.normal
+    if normal is None:
         return {}
     labels = np.array(scored.split.labels)
-    scores = scored.scores["score_d_standardised"].numpy()
-    delta = float(scored.model.normal.delta)
-    anomalous = scores >= delta
+    scores = scored.scores["score_d_standardised"]
     value = auroc(scores, labels)
+    numbers = {
+        "auroc": None if math.isnan(value) else value,
+        **at_delta(scores, labels, float(normal.delta)),
+    }
+    return {f"{name}_standardised": value for name, value in numbers.items()}
+
+
+def at_delta(scores, labels, delta):
+    """The mistakes of Eq. 10: scores (n,), labels (n,), 1 = anomalous."""
+    anomalous = scores.numpy() >= delta
     return {
-        "auroc_standardised": None if math.isnan(value) else value,
-        "delta_standardised": delta,
-        "false_alarms_standardised": int((anomalous & (labels == 0)).sum()),
-        "misses_standardised": int((~anomalous & (labels == 1)).sum()),
+        "delta": delta,
+        "false_alarms": int((anomalous & (labels == 0)).sum()),
+        "misses": int((~anomalous & (labels == 1)).sum()),
     }
 
 
@@ -541,6 +549,9 @@ def parse(argv):
     for name in ("json", "exit_code", "standardised"):
         if getattr(args, name) and not args.images:
             raise UserError(f"{runs.flag(name)}: expected --images with it, got none")
+    for name in ("report", "plot", "show_failures", "data_root"):
+        if getattr(args, name) and args.images:
+            raise UserError(f"{runs.flag(name)}: expected a test split, got --images with it")
     return args
 
 
@@ -584,7 +595,8 @@ def score_other_images(args, run, device, weights):
 def score_runs(args, folders, device, weights):
     """The test splits of runs, from the command line."""
     todo = [(run, runs.read_config(run)) for run in folders]
-    if args.report:  # runs that have a result are not scored again
+    drawn = args.heatmaps or args.show_failures or args.plot
+    if args.report and not drawn:  # runs that have a result are not scored again
         todo = [(run, config) for run, config in todo if not (run / "result.json").is_file()]
     results = []
     for scored in evaluate(

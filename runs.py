@@ -110,6 +110,14 @@ def script(main):
         except (UserError, OSError) as error:
             complain(error)
             return 2
+        except torch.OutOfMemoryError:
+            complain(
+                UserError(
+                    "expected work that fits the memory of the device, got more: "
+                    "try a smaller --batch-size, or fewer runs in a command"
+                )
+            )
+            return 2
         except Stopped as stop:
             print(f"\n{stop}", file=sys.stderr)
             return 128 + stop.number  # as a shell has it
@@ -161,7 +169,9 @@ def pick_device(name=None):
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.ones(1, device=name).item()  # which a device without values, "meta", refuses
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
+        torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError) as error:  # an unknown name, or not on this machine
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -203,6 +213,8 @@ def atomic(path):
         mode = temporary.stat().st_mode  # as the umask has it; safetensors writes owner-only files
         yield temporary
         temporary.chmod(mode)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # else a crash of the machine may leave it empty
         os.replace(temporary, path)
     except SafetensorError as error:  # its word for a full disk
         raise UserError(f"{path}: expected room for the tensors, got {error}") from None
@@ -216,7 +228,7 @@ def atomic(path):
 def write_text(path, text):
     """A text file, whole or not at all."""
     with atomic(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path, tensors, metadata=None):
@@ -228,7 +240,7 @@ def write_tensors(path, tensors, metadata=None):
 def read_text(path):
     """A file's text. An error of reading does not know its file."""
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         error.filename = str(path)
         raise
@@ -263,7 +275,7 @@ def check_values(path, values, expected):
 def read_csv(path, columns):
     """The rows of a table with these columns, as dicts of texts."""
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             rows = list(reader)
             whole = all(None not in (*row, *row.values()) for row in rows)
@@ -347,7 +359,7 @@ def one_at_a_time(name):
 
 def cache_folder():
     """What may be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitad"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitad"
 
 
 def is_locked(run):
@@ -401,7 +413,7 @@ def begin_run(run, config):
     """
     remove_half_written(run)
     with atomic(run / "config.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in (
             "model.safetensors",
             "checkpoint.safetensors",

@@ -42,8 +42,7 @@ from runs import CHOICES, UserError
 from vitad import FEW, LAM, LAYERS, TOP_K
 from weights.download import ensure_weights
 
-# Chosen on normal images alone: results/recipe.md. From 14 to 27 epochs pill's training loss still
-# falls by a fifth, and the distance on images held out ends no higher.
+# Chosen on normal images alone: results/recipe.md.
 EPOCHS = 28
 LEAST_STEPS = 400  # for which few images need more epochs
 MUON_LR = 0.008  # up to DeiT-Tiny's width of 192
@@ -89,7 +88,9 @@ class Settings:
     dataset: str = option("demo", "a protocol, your own pictures, or the demo", list(PER_DATASET))
     category: str = option(None, "normal class: name, place in the paper's table from 0, or all")
     data_root: str = option(None, f"folder of the data set (default {per_dataset('data_root')})")
-    weights: str = option(None, f"teacher: a converted file or a name (default {TEACHER})")
+    weights: str = option(
+        None, f"teacher: a converted file or a name (default {TEACHER}; demo demo_teacher)"
+    )
     out: str = option("runs", "run folders are <out>/<dataset>/<category>/seed<seed>")
     epochs: int = option(
         None, f"default {EPOCHS}, and but for the demo at least {LEAST_STEPS} steps"
@@ -145,6 +146,7 @@ class Settings:
 def make_parser():
     """One option per field of Settings, and three more: seeds, and what to do with old runs."""
     parser = runs.Parser(__doc__)
+    seeds = parser.add_mutually_exclusive_group()
     for f in dataclasses.fields(Settings):
         name = runs.flag(f.name)
         text = f.metadata["help"]
@@ -154,14 +156,14 @@ def make_parser():
         if f.default is not None:
             shown = ",".join(map(str, f.default)) if f.type is tuple else str(f.default)
             text = f"{text} (default {shown})"
-        parser.add_argument(
+        (seeds if f.name == "seed" else parser).add_argument(
             name,
             type=runs.whole_numbers if f.type is tuple else f.type,
             choices=f.metadata["choices"],
             default=f.default,
             help=text,
         )
-    parser.add_argument(
+    seeds.add_argument(
         "--seeds", type=runs.whole_numbers, help="several runs instead of --seed, one each: 0,1,2"
     )
     existing = parser.add_mutually_exclusive_group()
@@ -219,7 +221,13 @@ def resolve_category(settings):
     if dataset == "folder":
         if not settings.data_root:
             raise UserError("--data-root: expected the folder that holds train/good, got none")
-        return Path(os.path.realpath(settings.data_root)).name
+        name = Path(os.path.realpath(settings.data_root)).name
+        if category not in (None, name):
+            raise UserError(
+                f"--category: expected none with --dataset folder, whose category is the folder's "
+                f"name, {name}, got {category!r}"
+            )
+        return name
     known = CATEGORIES[dataset]
     if category is None and len(known) > 1:
         raise UserError(f"--category: expected one of {', '.join(known)}, or all, got none")
@@ -246,18 +254,18 @@ def runs_to_do(settings, seeds, existing):
         for seed in seeds
         for category in categories
     ]
-    todo = [run for run in every if not is_complete(run, existing)]
+    todo = [run for run in every if not nothing_to_do(run, existing)]
     if todo and settings.dataset in ("mvtec", "folder"):
-        there = [
-            (Path(settings.data_root) / category / "train").is_dir() for category in categories
-        ]
-        if not any(there):  # say what is missing before anything long begins
+        # Say what is missing before anything long begins.
+        root = Path(settings.data_root)
+        there = [(root / category / "train").is_dir() for category in categories]
+        if settings.dataset == "folder" or not any(there):
             train_files(settings.dataset, settings.data_root, categories[0])
     return todo
 
 
-def is_complete(settings, existing, begun=None):
-    """Whether there is nothing to do, and says so.
+def nothing_to_do(settings, existing, begun=None):
+    """Whether a run is complete, and says so.
 
     begun: when this process began the runs that it has locked, this one too. With --overwrite a run
     that has become complete since was trained by another process of the same command.
@@ -291,7 +299,7 @@ def train_all(todo, teacher, device, existing):
                 with runs.lock(folder) as ours:
                     if not ours:
                         left.append(settings)
-                    elif not is_complete(settings, existing, begun):
+                    elif not nothing_to_do(settings, existing, begun):
                         resume = existing == "resume"
                         train(settings, teacher, device, resume, runs_after=len(todo) - 1 - i)
             except (UserError, OSError) as error:
@@ -396,7 +404,7 @@ class TeacherCache:
 def mapped_tensor(folder, shape, dtype):
     """A tensor in a memory-mapped file. The file has no name, and goes with the process."""
     size = math.prod(shape)
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp") as file:
         if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash later
             try:
                 os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
@@ -409,15 +417,25 @@ def mapped_tensor(folder, shape, dtype):
 def free_bytes(place, device, folder=None):
     """Free memory of the device, the host, or the disk below `folder`; "off" needs none."""
     if place == "device":
-        on_gpu = "cuda" in device  # a CPU's memory is the host's
-        return torch.cuda.mem_get_info(device)[0] if on_gpu else 0
+        if "cuda" not in device:
+            return 0  # a CPU's memory is the host's
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept  # kept: by torch, from an earlier run
     if place == "host":
-        if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return 8 << 30
+        return available_memory()
     if place == "disk":
         return shutil.disk_usage(folder).free
     return math.inf
+
+
+def available_memory():
+    """Main memory that is free or would be at once, as Linux has it; elsewhere 8 GiB."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 8 << 30
 
 
 # --------------------------------------------------------------------------- the held-out distance
@@ -597,6 +615,7 @@ class Progress:
         self.steps = steps
         self.first = step
         self.runs_after = runs_after
+        self.estimated = False  # the time of all runs is said once
         self.begun = time.perf_counter()
         self.held_out = None  # the last held-out distance
         self.start_line()
@@ -623,7 +642,8 @@ class Progress:
         self.write(
             {"epoch": epoch, "step": step, "lr": lr, **means, "images_per_s": round(rate, 1)}
         )
-        if self.runs_after and step - self.first <= LOG_EVERY:
+        if self.runs_after and not self.estimated:
+            self.estimated = True
             all_left = left + seconds_a_step * self.steps * self.runs_after
             hours, minutes = divmod(round(all_left / 60), 60)
             time_left = f"about {hours}:{minutes:02d} h"
@@ -653,7 +673,7 @@ class Training:
 
     def __init__(self, settings, teacher, device, resume):
         self.settings = settings
-        self.as_json = dataclasses.asdict(settings)
+        self.values = dataclasses.asdict(settings)
         self.teacher = teacher
         self.device = device
         self.step = 0
@@ -687,7 +707,7 @@ class Training:
         if self.resume:
             config = runs.config_to_resume(self.folder, self.teacher.sha256)
             self.step = runs.load_checkpoint(
-                self.checkpoint, self.model, self.optimizers, settings=self.as_json
+                self.checkpoint, self.model, self.optimizers, settings=self.values
             )
             if not 0 < self.step <= self.steps:
                 raise UserError(
@@ -704,7 +724,7 @@ class Training:
             runs.resume_run(self.folder, config, self.made, log)
             return
         facts = {
-            "settings": self.as_json,
+            "settings": self.values,
             "teacher": {"sha256": self.teacher.sha256, **self.teacher.metadata},
         }
         runs.begin_run(self.folder, {**facts, **self.resolved, **self.made})
@@ -714,7 +734,7 @@ class Training:
         settings, teacher, device = self.settings, self.teacher, self.device
         torch.manual_seed(self.seed)
         without = settings.without.split(",") if settings.without else ()
-        model = runs.build(teacher, self.as_json, settings.precision, without)
+        model = runs.build(teacher, self.values, settings.precision, without)
         self.model = model.to(device)
         self.cache = TeacherCache(
             self.model, len(self.images), device, folder=self.folder, place=settings.cache
@@ -809,12 +829,13 @@ class Training:
 
                 # Log: every ten steps, at an epoch's end, and before stopping.
                 progress.add(terms, len(images))
+                stopping = stop.number  # read once: a later signal waits for the next step
                 epoch_ends = self.step % self.steps_per_epoch == 0
-                if not (self.step % LOG_EVERY == 0 or epoch_ends or stop.number):
+                if not (self.step % LOG_EVERY == 0 or epoch_ends or stopping):
                     continue
                 finite = progress.log(epoch, self.step, lr)
                 old_enough = time.monotonic() - saved >= settings.checkpoint_every
-                due = old_enough or stop.number is not None
+                due = old_enough or stopping is not None
                 self.check_finite(finite, epoch, weights_too=due or self.step == self.steps)
                 if epoch_ends and len(self.held_out):
                     self.measure(progress, epoch)
@@ -827,13 +848,13 @@ class Training:
                         self.model,
                         self.optimizers,
                         self.step,
-                        settings=self.as_json,
+                        settings=self.values,
                     )
                     saved = time.monotonic()
-                if stop.number:
+                if stopping:
                     at = f"stopped after step {self.step} of {self.steps}"
                     text = f"{self.folder}: {at}; --resume continues from there"
-                    raise runs.Stopped(stop.number, text)
+                    raise runs.Stopped(stopping, text)
 
     def check_finite(self, losses_finite, epoch, weights_too):
         """Before a checkpoint the weights too: a step can break them after its loss was finite."""
@@ -901,7 +922,7 @@ def train(settings, teacher, device, resume=False, runs_after=0):
         training.announce()
         if training.resume:
             training.continue_from_checkpoint()
-        with StopSignals() as stop, open(training.log_file, "a", buffering=1) as file:
+        with StopSignals() as stop, open(training.log_file, "a", 1, "utf-8") as file:
             progress = Progress(file, training.steps, training.step, runs_after)
             training.loop(progress, stop)
             outcome = training.conclude(progress)

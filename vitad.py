@@ -22,7 +22,7 @@ from torch import nn
 LAYERS = (3, 6, 9, 11)  # group_c of section 4.1, counted from 0: Eq. 4 counts c from 0 to M - 1
 TOP_K = 20  # k of Eq. 9, section 4.1
 LAM = 1.0  # lambda of Eq. 6, section 4.1
-SMALL = 1e-6  # least standard deviation of Diff
+LEAST_STD = 1e-6  # least standard deviation of Diff
 FEW = 5  # normal images: with fewer, the deviation of their scores is off by a third and more
 
 
@@ -258,7 +258,7 @@ class Normal(nn.Module):
             n, own = len(d), d.double() - d.double().mean(dim=0)
             squares = own.square()
             var = (squares.sum(dim=0) - n / (n - 1) * squares) / (n - 2)
-            deviations[c] = n / (n - 1) * own / var.clamp(min=0).sqrt().clamp(min=SMALL)
+            deviations[c] = n / (n - 1) * own / var.clamp(min=0).sqrt().clamp(min=LEAST_STD)
         scores = sum(score_d(deviations, top_k)).to(mean[c].dtype)
         return cls(mean, std, calibrate(scores))
 
@@ -266,19 +266,19 @@ class Normal(nn.Module):
         """Eq. 9 of (Diff - mean) / std: {c: Diff_c (B, 1 + P)} -> (B,).
 
         On every normal image some positions are farther from the teacher than others. Here each is
-        compared with itself. A std of 0 counts as `SMALL`.
+        compared with itself. A std of 0 counts as `LEAST_STD`.
         """
         deviations = {}
         for c, d in diffs.items():
             mean, std = getattr(self, f"mean_{c}"), getattr(self, f"std_{c}")
-            deviations[c] = (d - mean) / std.clamp(min=SMALL)
+            deviations[c] = (d - mean) / std.clamp(min=LEAST_STD)
         return sum(score_d(deviations, top_k))
 
 
 def mean_and_std(diffs):
     """{c: (n, 1 + P)} -> both over the n images, {c: (1 + P,)} each."""
-    mean = {c: d.mean(dim=0) for c, d in diffs.items()}
-    return mean, {c: d.std(dim=0) for c, d in diffs.items()}
+    both = {c: torch.std_mean(d, dim=0) for c, d in diffs.items()}
+    return {c: mean for c, (_, mean) in both.items()}, {c: std for c, (std, _) in both.items()}
 
 
 class Distillation(nn.Module):

@@ -175,7 +175,11 @@ def run_variant(name, dataset, request):
     if variant.backbone != "vit" and request.image_size != 224:
         folder += f"_{request.image_size}px"
     own = ["--dataset", dataset, "--category", request.categories[0], "--weights", str(path)]
-    settings, _, _ = train.parse([*own, *variant.options, *request.options])
+    settings, _, existing = train.parse([*own, *variant.options, *request.options])
+    if existing == "overwrite":
+        raise UserError(
+            "--overwrite: expected none, since these runs are shared: use another --out"
+        )
     settings = replace(settings, out=str(Path(settings.out) / "ablations" / folder))
     settings, device = train.set_up(settings)
     runs.check_teacher(asdict(settings), teacher)
@@ -235,7 +239,7 @@ def make(figure, request):
         for name in names:
             rows += csv_rows(name, run_variant(name, FIGURES[figure].dataset, request))
     path = request.results / f"figure_{figure}.csv"
-    with runs.atomic(path) as temporary, open(temporary, "w", newline="") as file:
+    with runs.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -189,7 +189,7 @@ def main(argv):
     names = [f"{run.parent.name} {run.name}" for run in args.runs]
     print(f"| score | {' | '.join(names)} |")
     print("|---" + "|---" * len(columns) + "|")
-    for name in columns[0][0]:
+    for name in dict.fromkeys(name for numbers, _, _ in columns for name in numbers):
         cells = [f"{numbers[name]:.2f}" if name in numbers else "" for numbers, _, _ in columns]
         print(f"| {name} | {' | '.join(cells)} |")
     for group in but_for_the_seed(settings):

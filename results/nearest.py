@@ -74,12 +74,13 @@ def parse(argv):
     add("--dataset", required=True, choices=[d for d in PER_DATASET if d != "folder"])
     add("--category", default="0", help="normal class: name, or place in the paper's table from 0")
     add("--data-root", help="folder of the data set (default as in train.py)")
-    add("--weights", default=TEACHER, help=f"teacher: a file or a name (default {TEACHER})")
+    add("--weights", help=f"teacher: a file or a name (default {TEACHER}; demo demo_teacher)")
     add("--memory", type=int, default=20000, metavar="M", help="patches a layer (default 20000)")
     add("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
     add("--out", type=Path, help="folder for the result (default results/<teacher>)")
     args = parser.parse_args(argv)
     runs.check_whole("memory", args.memory, 1)
+    args.weights = args.weights or PER_DATASET[args.dataset].get("weights", TEACHER)
     return args
 
 
@@ -96,18 +97,17 @@ def main(argv):
     memory = fill_memory(teacher, normal, LAYERS, args.memory)
     test = test_split(args.dataset, root, category, teacher.image_size)
     scores = score_images(teacher, test.images, memory)
-    name = teacher.metadata.get("name", Path(args.weights).stem)
     result = {
         "dataset": args.dataset,
         "category": category,
         "auroc": auroc(sum(scores.values()), test.labels),
         "auroc_of_layer": {str(c): auroc(values, test.labels) for c, values in scores.items()},
         "memory": len(memory[LAYERS[0]]),
-        "teacher": name,
+        "teacher": teacher.metadata.get("name", Path(args.weights).stem),
         "teacher_sha256": teacher.sha256,
         **runs.provenance(device),
     }
-    folder = (args.out or Path(__file__).parent / name) / args.dataset
+    folder = (args.out or Path(__file__).parent / result["teacher"]) / args.dataset
     path = folder / f"nearest/{slug(category)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write_text(path, json.dumps(result, indent=2) + "\n")

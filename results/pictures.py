@@ -7,6 +7,7 @@ import html
 import json
 import math
 import textwrap
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,7 @@ class Gallery:
         tags = [verdict, mistake, None if label is None else f"kind: {name.split('/')[-2]}"]
         self.tags.update(tag for tag in tags if tag)
         figure = FIGURE.format(
-            file=html.escape(file.name),
+            file=html.escape(urllib.parse.quote(file.name)),
             name=html.escape(name),
             tags=html.escape("|".join(tag for tag in tags if tag)),
             score=scores["score"],

@@ -54,7 +54,7 @@ RESULT = {  # what is read of a result.json, as runs.check_values has it
 @functools.cache
 def paper():
     """The paper's image AUROC, Tables 1 to 4, row "ours": {data set: {category: AUROC}}."""
-    return json.loads((Path(__file__).parent / "paper.json").read_text())
+    return json.loads((Path(__file__).parent / "paper.json").read_text("utf-8"))
 
 
 def paper_auroc(dataset):
@@ -204,7 +204,13 @@ def report(folder, run_folders):
     for run in run_folders:
         result = read_result(run / "result.json")
         name = f"{slug(result['category'])}_seed{result['seed']}.json"
-        sources[folder / result["dataset"] / name] = run / "result.json"
+        target = folder / result["dataset"] / name
+        if sources.get(target, target) != target:
+            raise UserError(
+                f"{run}: expected one run of a category and seed, got {sources[target].parent} "
+                f"too: name the runs, or give each its own --report"
+            )
+        sources[target] = run / "result.json"
     tables, charts = {}, {}
     for dataset in sorted({path.parent for path in sources}):
         kept = sorted(path for path in sources if path.parent == dataset)

@@ -121,6 +121,24 @@ def test_masks_are_found_by_name_and_checked(tmp_path):
         data.test_split("mvtec", tmp_path, "bottle")
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_masks_of_pictures_that_the_camera_turned(tmp_path, suffix):
+    """A mask is of the picture as it is seen, whether its own file is turned or not."""
+    folder = make_category(tmp_path / "bottle", good=1, bad=2, size=64)
+    (folder / "ground_truth/stain").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned clockwise: the left edge comes to the top
+    upright = np.zeros((80, 40), dtype=np.uint8)
+    upright[:10] = 255
+    for i, mask, how in ((0, upright, {}), (1, np.rot90(upright), {"exif": exif})):
+        (folder / f"test/stain/{i:03d}.png").unlink()
+        Image.new("RGB", (80, 40)).save(folder / f"test/stain/{i:03d}{suffix}", exif=exif)
+        Image.fromarray(mask).save(folder / f"ground_truth/stain/{i:03d}_mask.png", **how)
+    masks = data.test_split("mvtec", tmp_path, "bottle", 40).masks
+    for mask in masks[1:]:
+        assert mask[:5].all() and not mask[5:].any()
+
+
 @pytest.mark.parametrize("line", [0, 37, 199])
 def test_no_thin_defect_is_lost_where_masks_are_shrunk(tmp_path, line):
     """A line of one pixel, a third of a pixel of the small mask."""

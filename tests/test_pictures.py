@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import sys
+import urllib.parse
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -269,6 +270,16 @@ def test_heat_maps_of_the_test_split(world, tmp_path):
     original = np.asarray(Image.open(world / "own/test/stain/000.png"))
     pictures = [np.asarray(Image.open(maps / name)) for name in page.images]
     assert any((picture[:60, :90] == original).all() for picture in pictures)  # in its own size
+
+
+def test_the_page_finds_pictures_whatever_their_names(world, tmp_path):
+    for name in ("part#3.png", "50%25 'a' & \"b\" <c>?.png"):
+        shutil.copy(world / "own/test/stain/000.png", tmp_path / name)
+    result = run_evaluate(world, "--images", tmp_path, "--heatmaps", tmp_path / "maps")
+    assert result.code == 0, result.err
+    images = Page(tmp_path / "maps/index.html").images
+    assert len(images) == 2
+    assert all((tmp_path / "maps" / urllib.parse.unquote(src)).is_file() for src in images)
 
 
 def test_heat_maps_of_any_pictures(world, tmp_path):

@@ -213,8 +213,14 @@ def test_a_report_scores_what_has_no_result_and_one_broken_run_stops_no_other(wo
     shutil.copytree(world / "runs", world / "others/runs")
     path = world / "others/runs/folder/own/seed0/result.json"
     path.write_text(path.read_text().replace('"teacher_sha256": "', '"teacher_sha256": "0'))
-    result = call(evaluate.main, "--out", "others", "--report", "out", cwd=world)
+    result = call(evaluate.main, "--out", "others/runs", "--report", "out", cwd=world)
     assert_one_sentence(result, "expected the results of one teacher")
+    both = ("runs/folder/own/seed0", "others/runs/folder/own/seed0")
+    result = call(evaluate.main, *both, "--report", "fresh", cwd=world)
+    assert_one_sentence(
+        result, f"{both[1]}: expected one run of a category and seed, got {both[0]}"
+    )
+    assert not (world / "fresh").exists()
 
 
 def test_the_anatomy_of_a_run(world):

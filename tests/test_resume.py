@@ -180,6 +180,27 @@ def test_ctrl_c_outside_the_steps_stops_all(world, tmp_path, monkeypatch, moment
     assert signal.getsignal(signal.SIGINT) is uncaught
 
 
+def test_a_signal_while_held_out_images_are_measured_waits_for_the_next_step(
+    world, undisturbed, tmp_path, monkeypatch
+):
+    """It comes after it was decided that this step needs no checkpoint."""
+    measure = train.measure_held_out
+
+    def measure_and_stop(*values):
+        if not (tmp_path / RUN / "checkpoint.safetensors").exists():
+            signal.raise_signal(signal.SIGTERM)
+        return measure(*values)
+
+    monkeypatch.setattr(train, "measure_held_out", measure_and_stop)
+    options = ("--holdout", 0.3, "--checkpoint-every", 3600)
+    result = run_train(world, tmp_path, *options)
+    assert result.code == 128 + signal.SIGTERM
+    assert "stopped after step 3 of " in result.err  # epochs have two steps
+    monkeypatch.undo()
+    resumed = complete_run(world, tmp_path, "--resume", *options)
+    assert model_bytes(resumed) == model_bytes(undisturbed(*options))
+
+
 def test_a_signal_that_comes_too_late_for_a_run_stops_the_next(world, tmp_path, monkeypatch):
     write_tensors = runs.write_tensors
 
@@ -251,7 +272,7 @@ def test_resume_refuses_another_teacher(world, tmp_path):
 
 
 def test_epochs_follow_from_the_steps_and_the_images(world, tmp_path):
-    """Without --epochs: 14, or what 400 steps take. Stopped, since only their number matters."""
+    """Without --epochs: 28, or what 400 steps take. Stopped, since only their number matters."""
     command = arguments(world, tmp_path)
     at = command.index("--epochs")
     with pytest.MonkeyPatch.context() as patch:

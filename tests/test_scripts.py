@@ -569,6 +569,14 @@ def test_several_seeds_and_a_failure_among_the_categories(world, tmp_path, monke
     assert result.out.count("complete, nothing to do") == 4
 
 
+def test_too_little_memory_for_the_scores_is_one_sentence(world, monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Distillation, "scores", no_memory)
+    assert_one_sentence(run_evaluate(world), "fits the memory", "--batch-size")
+
+
 # ---------------------------------------------------------------------------------------- the demo
 
 

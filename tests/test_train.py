@@ -1,6 +1,7 @@
 """The parts of train.py: teacher's cache, held-out distance, learning rate, images held out."""
 
 import math
+import os
 import zlib
 
 import numpy as np
@@ -72,6 +73,8 @@ def test_the_cache_leaves_half_of_what_is_free(monkeypatch, tmp_path):
 def test_free_bytes(tmp_path):
     assert train.free_bytes("device", "cpu") == 0  # a CPU's memory is the host's
     assert train.free_bytes("host", "cpu") > 1 << 20
+    if "SC_PHYS_PAGES" in os.sysconf_names:
+        assert train.available_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert train.free_bytes("disk", "cpu", tmp_path) > 0
     assert train.free_bytes("off", "cpu") == math.inf
 
