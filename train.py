@@ -462,8 +462,7 @@ def second_half(curve):
     """{step: held-out distance} -> what it says of the run's length, or {} with fewer than two.
 
     "fell": by what share the distance fell over the second half of the steps. "lowest_at": the step
-    where it was lowest. Before the last step means: since then the student has learnt its training
-    images by heart.
+    where it was lowest. Before the last step means: since then the student has overfitted.
     """
     if len(curve) < 2:
         return {}
@@ -476,7 +475,7 @@ def second_half(curve):
 
 
 def learning_rate(step, steps, peak, settings):
-    """Linear warm-up to the peak, then down to 0 over the remaining steps, or constant."""
+    """Linear warm-up to the peak; then linear or cosine to 0, or constant."""
     if step < settings.warmup:
         return peak * (step + 1) / settings.warmup
     if settings.decay == "constant":
