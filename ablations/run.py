@@ -4,10 +4,10 @@
     python ablations/run.py --figure 4 --categories bottle,pill --seeds 0,1,2
     python ablations/run.py --figure 3b --categories bottle --vgg16 vgg16.safetensors --epochs 8
 
-Every other option is train.py's, for all runs of the figure. The command may be stopped at any time
-and goes on when it is given again: complete runs are not trained again, scored ones not scored
-again. Figure 5 is made of the tables of 3b, 3c and 4 where they are there. Runs lie in
-<out>/ablations/<variant>/, results in --results: figure_4.csv, .md and .svg.
+Every other option is train.py's, for all runs of the figure, but for --overwrite. The command may
+be stopped at any time and goes on when it is given again: complete runs are not trained again,
+scored ones not scored again. Figure 5 is made of the tables of 3b, 3c and 4 where they are there.
+Runs lie in <out>/ablations/<variant>/, results in --results: figure_4.csv, .md and .svg.
 """
 
 import os
