@@ -240,7 +240,13 @@ def mutate(monkeypatch, owner, name, old, new):
 
 @pytest.mark.parametrize("known", [False, True])
 def test_mutation_an_index_left_on_the_cpu(tmp_path, monkeypatch, known):
-    mutate(monkeypatch, train.TeacherCache, "__call__", "index.to(self.store.device)", "index")
+    mutate(
+        monkeypatch,
+        train.TeacherCache,
+        "__call__",
+        "index.to(self.store.device, non_blocking=True)",
+        "index",
+    )
     with pytest.raises(AssertionError, match="index on another device"):
         test_the_teachers_cache_in_each_of_its_places(
             tmp_path, monkeypatch, precision="fp32", place="device", known=known
