@@ -40,7 +40,7 @@ from vitad import Distillation
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 # Settings in which the parts of one run may differ: they change roundings at most.
-FREE_SETTINGS = ("out", "device", "compile", "cache", "deterministic", "checkpoint_every")
+FREE_SETTINGS = ("out", "device", "compile", "eager", "cache", "deterministic", "checkpoint_every")
 MOST = 10**9  # of any whole number on a command line: more would overflow, or take for ever
 CHOICES = {
     "distance": ["unit", "l2", "mse"],

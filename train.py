@@ -134,6 +134,7 @@ class Settings:
         ["auto", *CHOICES["precision"]],
     )
     compile: bool = option(False, "torch.compile the student and the losses")
+    eager: bool = option(False, "on CUDA start each operation by itself, not a step as one graph")
     checkpoint_every: float = option(60.0, "seconds between checkpoints for --resume")
     deterministic: bool = option(False, "the same bits every time on CUDA too")
     cache: str = option(
@@ -554,8 +555,9 @@ class Muon(torch.optim.Muon):
             for shape, matrices in by_shape.items():
                 averages = torch.stack([self.average(p, group) for p in matrices])
                 for p, update in zip(matrices, self.orthogonalise(averages, group), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * (0.2 * math.sqrt(max(shape))))
+                    if group["weight_decay"]:
+                        p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(group["lr"] * (0.2 * math.sqrt(max(shape))) * update)
 
     def average(self, p, group):
         """Nesterov's average of a matrix's gradients."""
@@ -598,7 +600,73 @@ def orthogonalise_bf16(x, group):
         square = wide @ wide.mT
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)  # b A + c A^2
         wide = torch.baddbmm(wide, polynomial, wide, beta=a)
-    return wide.mT if tall else wide
+    return (wide.mT if tall else wide).float()
+
+
+def set_learning_rate(optimizers, lr):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if torch.is_tensor(group["lr"]):  # which a graph reads
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+
+class GraphedStep:
+    """Steps of training on CUDA, each as one graph, which starts a step's operations by itself.
+
+    There are about 2,000 of them, and Python takes several times as long to start them as the GPU
+    to do them. A graph repeats what was recorded, in the same memory. So it is for batches of one
+    size: a smaller one is a step as usual. So are the first few, in which torch sets itself up.
+    """
+
+    FIRST = 3
+
+    def __init__(self, step, optimizers, batch_size):
+        self.step = step
+        self.optimizers = optimizers
+        self.batch_size = batch_size
+        self.done = 0
+        self.graph = None
+
+    def __call__(self, images, t):
+        """As `Training.take_step`. The terms are overwritten by the next call."""
+        if len(images) != self.batch_size:
+            return self.step(images, t)
+        self.done += 1
+        if self.done <= self.FIRST:
+            return self.on_another_stream(images, t)
+        if self.graph is None:
+            self.record(images, t)
+        self.images.copy_(images)
+        for c, x in t.items():
+            self.t[c].copy_(x)
+        self.graph.replay()
+        return self.terms
+
+    def on_another_stream(self, images, t):
+        """A step as usual, but not on the default stream, with which a graph cannot be tied up."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            terms = self.step(images, t)
+        torch.cuda.current_stream().wait_stream(stream)
+        return terms
+
+    def record(self, images, t):
+        """Record a step, without doing it."""
+        self.images = images.clone()
+        self.t = {c: x.clone() for c, x in t.items()}
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()  # the graph's gradients get memory of their own
+        for group in groups:
+            group["capturable"] = True  # AdamW asks for it; its state is on the GPU anyway
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.terms = self.step(self.images, self.t)
+        for group in groups:
+            group["capturable"] = False
 
 
 class StopSignals:
@@ -639,7 +707,7 @@ class Progress:
 
     def add(self, terms, images):
         """Take in one step. Nothing waits for the device."""
-        self.sums = {name: self.sums.get(name, 0) + x.detach() for name, x in terms.items()}
+        self.sums = {name: self.sums.get(name, 0) + x for name, x in terms.items()}
         self.images += images
         self.count += 1
 
@@ -752,13 +820,18 @@ class Training:
         )
         if self.images.nbytes <= free_bytes("device", device) / 4:
             self.images = self.images.to(device)
-        self.loss_terms = self.model.loss_terms
-        if settings.compile:
-            # CUDA graphs: launching a step of 4 images takes longer than its work. The last,
-            # smaller batch gets a graph of its own.
-            self.loss_terms = torch.compile(self.loss_terms, mode="reduce-overhead", dynamic=False)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(settings, self.parameters, self.peak, device)
+        self.loss_terms = self.model.loss_terms
+        if settings.compile:
+            self.loss_terms = torch.compile(self.loss_terms, dynamic=False)
+        self.step_of_a_batch = self.take_step
+        if "cuda" in device and not (settings.eager or settings.deterministic):
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = torch.tensor(self.peak, device=device)
+            size = settings.batch_size
+            self.step_of_a_batch = GraphedStep(self.take_step, self.optimizers, size)
 
     def order(self, epoch):
         """The training images in the order of an epoch, which seed and epoch alone decide."""
@@ -808,6 +881,20 @@ class Training:
             for _ in self.batches(self.order(1)[: self.step * size], size):
                 pass
 
+    def take_step(self, images, t):
+        """Losses, their gradient, and the optimisers' step; -> the terms of the loss."""
+        # Losses, Eqs. 2 to 6.
+        terms = self.loss_terms(images, t)
+
+        # Step.
+        self.model.zero_grad()
+        terms["loss"].backward()
+        if self.settings.clip_grad:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_grad)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return {name: x.detach() for name, x in terms.items()}
+
     def loop(self, progress, stop):
         settings = self.settings
         size = settings.batch_size
@@ -819,24 +906,14 @@ class Training:
             for images, t in self.batches(self.order(epoch)[done * size :], size):
                 # Learning rate.
                 lr = learning_rate(self.step, self.steps, self.peak, settings)
-                for optimizer in self.optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr
+                set_learning_rate(self.optimizers, lr)
 
                 # Anchor, Eq. 1. After one epoch the mean is complete; only an EMA goes on.
                 if epoch == 1 or settings.anchor == "ema":
                     self.model.update_anchor(t)
 
-                # Losses, Eqs. 2 to 6.
-                terms = self.loss_terms(images, t)
-
-                # Step.
-                self.model.zero_grad()
-                terms["loss"].backward()
-                if settings.clip_grad:
-                    torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_grad)
-                for optimizer in self.optimizers:
-                    optimizer.step()
+                # Losses, Eqs. 2 to 6, and the step.
+                terms = self.step_of_a_batch(images, t)
                 self.step += 1
 
                 # Log: every ten steps, at an epoch's end, and before stopping.

@@ -54,9 +54,9 @@ def fill_memory(teacher, images, layers, most, seed=0):
 
 
 def score(tokens, memory):
-    """Patches of one image (P, D) and the memory (M, D), of length 1 -> a number."""
+    """Patches of one image (P, D) and the memory (M, D), of length 1 -> a scalar."""
     nearest = 1 - (tokens @ memory.T).amax(dim=1)
-    return float(nearest.topk(math.ceil(len(tokens) / 100)).values.mean())
+    return nearest.topk(math.ceil(len(tokens) / 100)).values.mean()
 
 
 def score_images(teacher, images, memory):
@@ -65,7 +65,7 @@ def score_images(teacher, images, memory):
     for tokens in patch_tokens(teacher, images, tuple(memory)):
         for c, x in tokens.items():
             scores[c] += [score(patches, memory[c]) for patches in x]
-    return {c: torch.tensor(values) for c, values in scores.items()}
+    return {c: torch.stack(values).cpu() for c, values in scores.items()}
 
 
 def parse(argv):

@@ -191,7 +191,7 @@ def test_muon_is_torchs_and_in_float32_differs_by_rounding_alone(decay):
             lambda p, bf16=bf16: train.Muon(p, lr=0.01, weight_decay=decay, bf16=bf16)
         )
         for x, y in zip(ours, expected, strict=True):
-            assert (x - y).norm() / y.norm() < (1e-6 if bf16 else 0.02)
+            assert (x - y).norm() / y.norm() < (1e-5 if bf16 else 0.02)
     for change in ({"lr": 0.012}, {"weight_decay": decay + 0.5}):  # the comparison can fail
         options = {"lr": 0.01, "weight_decay": decay, **change}
         [x, *_] = five_steps(lambda p, options=options: train.Muon(p, bf16=False, **options))
