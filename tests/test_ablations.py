@@ -31,10 +31,19 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 def random_weights(name, path):
     """Random weights of a network of torchvision, in a file without its classifier; -> it."""
     torch.manual_seed(0)
-    network = getattr(torchvision.models, name)()
-    tensors = network.state_dict()
-    tensors = {key: x for key, x in tensors.items() if not key.startswith(("classifier", "fc"))}
-    save_file(tensors, path)
+    with torch.device("meta"):
+        network = getattr(torchvision.models, name)()
+    last = "fc" if name == "resnet18" else "classifier"
+    setattr(network, last, torch.nn.Identity())  # VGG16's has 124 million weights
+    network.to_empty(device="cpu")
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):  # as torchvision has it
+            torch.nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    save_file(network.state_dict(), path)
     return network.eval()
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -222,6 +223,49 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert len(taken) + len(rest) == len(parameters)
     with pytest.raises(UserError, match="adamw or sgd"):
         train.make_optimizers(settings, [torch.nn.Parameter(torch.zeros(3))], 0.01, "cpu")
+
+
+class RecordsBatches(train.GraphedStep):
+    """With a list of sums in place of a graph, which only a GPU has."""
+
+    def on_another_stream(self, images, t):
+        return self.step(images, t)
+
+    def record(self, images, t):
+        self.images = torch.zeros_like(images)
+        self.t = {c: torch.zeros_like(x) for c, x in t.items()}
+        self.graph = SimpleNamespace(replay=self.replay)
+        self.replayed = []
+
+    def replay(self):
+        self.terms = {"loss": self.images.sum() + self.t[0].sum()}
+        self.replayed.append(int(self.terms["loss"]))
+
+
+def test_a_graph_is_for_full_batches_after_the_first():
+    one_by_one = []
+
+    def step(images, t):
+        one_by_one.append(int(images.sum() + t[0].sum()))
+        return {"loss": images.sum() + t[0].sum()}
+
+    graphed = RecordsBatches(step, [], batch_size=2)
+    sizes = (2, 2, 1, 2, 2, 1, 2)
+    for i, size in enumerate(sizes):
+        images = torch.full((size,), 10 * i)
+        assert graphed(images, {0: torch.ones(1)})["loss"] == size * 10 * i + 1
+    assert one_by_one == [1, 21, 21, 61, 51]
+    assert graphed.replayed == [81, 121]
+
+
+def test_the_learning_rate_is_set_where_a_graph_reads_it():
+    parameters = [torch.nn.Parameter(torch.zeros(3))]
+    plain, graphed = (torch.optim.SGD(parameters, lr=0.5) for _ in range(2))
+    tensor = torch.tensor(0.5)
+    graphed.param_groups[0]["lr"] = tensor
+    train.set_learning_rate([plain, graphed], 0.25)
+    assert plain.param_groups[0]["lr"] == 0.25
+    assert graphed.param_groups[0]["lr"] is tensor and tensor == 0.25
 
 
 @pytest.mark.parametrize(
