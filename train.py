@@ -33,6 +33,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -136,7 +137,9 @@ class Settings:
     compile: bool = option(False, "torch.compile the student and the losses")
     eager: bool = option(False, "on CUDA start each operation by itself, not a step as one graph")
     checkpoint_every: float = option(60.0, "seconds between checkpoints for --resume")
-    deterministic: bool = option(False, "the same bits every time on CUDA too")
+    deterministic: bool = option(
+        False, "the same bits every time on CUDA too, at a fraction of the speed"
+    )
     cache: str = option(
         None,
         "where the teacher's features are kept (default the first with room)",
@@ -328,6 +331,8 @@ def set_up(settings):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(settings.deterministic)
     device = runs.pick_device(settings.device)
+    if "cuda" in device:
+        torch.cuda.set_device(torch.device(device).index or 0)  # where a graph is recorded
     if settings.precision == "auto":
         precision = "bf16" if runs.multiplies_bf16(device) else "fp32"
         settings = dataclasses.replace(settings, precision=precision)
@@ -462,14 +467,16 @@ def measure_held_out(model, batches):
 def second_half(curve):
     """{step: held-out distance} -> what it says of the run's length, or {} with fewer than two.
 
-    "fell": by what share the distance fell over the second half of the steps. "lowest_at": the step
-    where it was lowest. Before the last step means: since then the student has overfitted.
+    "fell": by what share the distance fell over the second half of the steps, on straight lines
+    between the epochs' ends. "lowest_at": the step where it was lowest. Before the last step means:
+    since then the student has overfitted.
     """
     if len(curve) < 2:
         return {}
     last = max(curve)
-    half = min(curve, key=lambda step: abs(step - last / 2))
-    return {"fell": 1 - curve[last] / curve[half], "lowest_at": min(curve, key=curve.get)}
+    steps = sorted(curve)
+    half = np.interp(last / 2, steps, [curve[step] for step in steps])
+    return {"fell": 1 - curve[last] / float(half), "lowest_at": min(curve, key=curve.get)}
 
 
 # ------------------------------------------------------------------------------------------ one run
@@ -537,12 +544,12 @@ class Muon(torch.optim.Muon):
     """torch's Muon, its updates as large as AdamW's, all matrices of one shape at once.
 
     torch takes one matrix after the other, in bfloat16 always. A GPU spends its time starting the
-    many small products, and a CPU without such products takes 70 times as long for them. So here
-    they are batched, and in float32 unless `bf16`.
+    many small products, and a CPU without bfloat16 products takes 70 times as long for them. So
+    here they are batched, and in float32 unless `bf16`.
     """
 
     def __init__(self, matrices, *, lr, weight_decay, bf16):
-        super().__init__(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+        super().__init__(matrices, lr, weight_decay)
         self.orthogonalise = orthogonalise_bf16 if bf16 else orthogonalise
 
     @torch.no_grad()
@@ -591,7 +598,10 @@ def orthogonalise(x, group):
 
 
 def orthogonalise_bf16(x, group):
-    """The same step by step, as torch has it: a product of polynomials is too fine for bfloat16."""
+    """The same, one step after the other, as torch does it.
+
+    bfloat16 is too coarse for a product of polynomials.
+    """
     a, b, c = group["ns_coefficients"]
     tall = x.shape[1] > x.shape[2]
     wide = (x.mT if tall else x).bfloat16()
@@ -615,48 +625,54 @@ def set_learning_rate(optimizers, lr):
 class GraphedStep:
     """Steps of training on CUDA, each as one graph, which starts a step's operations by itself.
 
-    There are about 2,000 of them, and Python takes several times as long to start them as the GPU
+    A step has about 2,000 operations. Python takes several times as long to start them as the GPU
     to do them. A graph repeats what was recorded, in the same memory. So it is for batches of one
     size: a smaller one is a step as usual. So are the first few, in which torch sets itself up.
     """
 
     FIRST = 3
 
-    def __init__(self, step, optimizers, batch_size):
-        self.step = step
+    def __init__(self, take_step, optimizers, batch_size):
+        self.take_step = take_step
         self.optimizers = optimizers
         self.batch_size = batch_size
         self.done = 0
+        self.images = None
         self.graph = None
 
     def __call__(self, images, t):
         """As `Training.take_step`. The terms are overwritten by the next call."""
         if len(images) != self.batch_size:
-            return self.step(images, t)
+            return self.take_step(images, t)
+        self.put_in_place(images, t)
         self.done += 1
         if self.done <= self.FIRST:
-            return self.on_another_stream(images, t)
+            return self.on_another_stream()
         if self.graph is None:
-            self.record(images, t)
-        self.images.copy_(images)
-        for c, x in t.items():
-            self.t[c].copy_(x)
+            self.record()
         self.graph.replay()
         return self.terms
 
-    def on_another_stream(self, images, t):
-        """A step as usual, but not on the default stream, with which a graph cannot be tied up."""
+    def put_in_place(self, images, t):
+        """Copy a batch to where the graph reads it."""
+        if self.images is None:
+            self.images = images.clone()
+            self.t = {c: x.clone() for c, x in t.items()}
+        self.images.copy_(images)
+        for c, x in t.items():
+            self.t[c].copy_(x)
+
+    def on_another_stream(self):
+        """A step as usual, on a stream of its own, as torch asks before a recording."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            terms = self.step(images, t)
+            terms = self.take_step(self.images, self.t)
         torch.cuda.current_stream().wait_stream(stream)
         return terms
 
-    def record(self, images, t):
+    def record(self):
         """Record a step, without doing it."""
-        self.images = images.clone()
-        self.t = {c: x.clone() for c, x in t.items()}
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for optimizer in self.optimizers:
             optimizer.zero_grad()  # the graph's gradients get memory of their own
@@ -664,7 +680,7 @@ class GraphedStep:
             group["capturable"] = True  # AdamW asks for it; its state is on the GPU anyway
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.terms = self.step(self.images, self.t)
+            self.terms = self.take_step(self.images, self.t)
         for group in groups:
             group["capturable"] = False
 
@@ -825,13 +841,6 @@ class Training:
         self.loss_terms = self.model.loss_terms
         if settings.compile:
             self.loss_terms = torch.compile(self.loss_terms, dynamic=False)
-        self.step_of_a_batch = self.take_step
-        if "cuda" in device and not (settings.eager or settings.deterministic):
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = torch.tensor(self.peak, device=device)
-            size = settings.batch_size
-            self.step_of_a_batch = GraphedStep(self.take_step, self.optimizers, size)
 
     def order(self, epoch):
         """The training images in the order of an epoch, which seed and epoch alone decide."""
@@ -895,9 +904,24 @@ class Training:
             optimizer.step()
         return {name: x.detach() for name, x in terms.items()}
 
+    def step_by_graph(self):
+        """`take_step` as one graph where there is CUDA, or as it is.
+
+        With --deterministic as it is: what a graph does to the bits has not been tested. Not kept
+        in `self`, so that a run's memory is free as soon as it has ended.
+        """
+        settings = self.settings
+        if "cuda" not in self.device or settings.eager or settings.deterministic:
+            return self.take_step
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = torch.tensor(self.peak, device=self.device)
+        return GraphedStep(self.take_step, self.optimizers, settings.batch_size)
+
     def loop(self, progress, stop):
         settings = self.settings
         size = settings.batch_size
+        take_step = self.step_by_graph()
         saved = time.monotonic()
         for epoch in range(self.step // self.steps_per_epoch + 1, self.epochs + 1):
             done = self.step % self.steps_per_epoch  # steps of this epoch, if it was interrupted
@@ -913,7 +937,7 @@ class Training:
                     self.model.update_anchor(t)
 
                 # Losses, Eqs. 2 to 6, and the step.
-                terms = self.step_of_a_batch(images, t)
+                terms = take_step(images, t)
                 self.step += 1
 
                 # Log: every ten steps, at an epoch's end, and before stopping.
@@ -1022,7 +1046,7 @@ def train(settings, teacher, device, resume=False, runs_after=0):
         raise UserError(
             f"{run_folder(settings)}: expected a batch that fits the memory of {device}, got "
             f"--batch-size {settings.batch_size} with --precision {settings.precision}: "
-            f"try a smaller one, or bf16; the last checkpoint is kept"
+            f"try a smaller one, bf16 or --eager; the last checkpoint is kept"
         ) from None
     next_command = f"python evaluate.py {shlex.quote(str(training.folder))}"
     print(f"{training.folder}: done; {outcome}; next: {next_command}")

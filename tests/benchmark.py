@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -29,7 +30,7 @@ if __name__ == "__main__":
     import _root  # noqa: F401 (puts the repository on the path)
 
 import runs
-from train import Settings, TeacherCache, make_optimizers
+from train import GraphedStep, Settings, TeacherCache, make_optimizers
 from vit import ViT
 from vitad import LAYERS, Distillation, anchor_loss, distill_loss, gram_loss, total_loss
 from weights.convert import canonical
@@ -120,7 +121,7 @@ class Plain:
 class Ours:
     """The training step of train.py, with the teacher's features of the batch already known."""
 
-    def __init__(self, teacher, images, device, *, precision="fp32", compiled=False):
+    def __init__(self, teacher, images, device, *, precision="fp32", graphed=False, compiled=False):
         on_gpu = "cuda" in device
         self.model = Distillation(teacher, precision=precision).to(device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -129,17 +130,25 @@ class Ours:
         self.cache = TeacherCache(self.model, len(images), device, folder=".", place=place)
         self.loss_terms = self.model.loss_terms
         if compiled:
-            self.loss_terms = torch.compile(self.loss_terms, mode="reduce-overhead", dynamic=False)
+            self.loss_terms = torch.compile(self.loss_terms, dynamic=False)
         self.model.update_anchor(self.look_up(images))
+        self.graphs = defaultdict(lambda: self.take_step)  # by the batch's size
+        if graphed:
+            for B in (4, len(images)):
+                self.graphs[B] = GraphedStep(self.take_step, [self.optimizer], B)
 
     def look_up(self, images):
         return self.cache(torch.arange(len(images)), images)
 
     def step(self, images):
-        terms = self.loss_terms(images, self.look_up(images))
+        self.graphs[len(images)](images, self.look_up(images))
+
+    def take_step(self, images, t):
+        terms = self.loss_terms(images, t)
         self.optimizer.zero_grad()
         terms["loss"].backward()
         self.optimizer.step()
+        return {name: x.detach() for name, x in terms.items()}
 
     def outside(self, images):
         """All of a step but the networks: data, losses and their gradient, as the log reads it."""
@@ -245,7 +254,8 @@ def measure_steps(steps, images, device, repeats, *, rate):
             bounds = {
                 "fp32": ">= 65 % at batch 32 on a CPU",
                 "bf16": "",
-                "bf16 compiled": ">= 45 % at batch 32",
+                "bf16 graph": "",
+                "bf16 graph compiled": ">= 45 % at batch 32",
             }
             of = f"share of the {name[:4]} product's rate"
             row(
@@ -354,8 +364,10 @@ def main(argv):
     for precision in ("fp32", "bf16"):
         steps[precision] = Ours(teacher, images[-1], device, precision=precision)
     if on_gpu:
-        compiled = Ours(teacher, images[-1], device, precision="bf16", compiled=True)
-        steps["bf16 compiled"] = compiled
+        options = {"precision": "bf16", "graphed": True}
+        steps["bf16 graph"] = Ours(teacher, images[-1], device, **options)
+        compiled = Ours(teacher, images[-1], device, **options, compiled=True)
+        steps["bf16 graph compiled"] = compiled
     seconds = measure_steps(steps, images, device, repeats, rate=rate)
     outside = {"outside": lambda: steps["fp32"].outside(images[-1])}
     share = alternate(device, 3 * args.repeats, outside)["outside"] / seconds["fp32"]

@@ -1,7 +1,9 @@
 """The parts of train.py: teacher's cache, held-out distance, learning rate, images held out."""
 
+import gc
 import math
 import os
+import weakref
 import zlib
 from types import SimpleNamespace
 
@@ -114,7 +116,7 @@ def test_what_the_held_out_distances_say_of_the_length():
     by_heart = {10: 0.4, 20: 0.2, 30: 0.1, 40: 0.25}
     assert train.second_half(by_heart) == {"fell": pytest.approx(-0.25), "lowest_at": 30}
     three = {10: 0.4, 20: 0.2, 30: 0.1}  # half of it is no epoch's end
-    assert train.second_half(three)["fell"] in (pytest.approx(0.5), pytest.approx(0.75))
+    assert train.second_half(three)["fell"] == pytest.approx(1 - 0.1 / 0.3)
     assert train.second_half({10: 0.4}) == train.second_half({}) == {}
 
 
@@ -228,12 +230,10 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
 class RecordsBatches(train.GraphedStep):
     """With a list of sums in place of a graph, which only a GPU has."""
 
-    def on_another_stream(self, images, t):
-        return self.step(images, t)
+    def on_another_stream(self):
+        return self.take_step(self.images, self.t)
 
-    def record(self, images, t):
-        self.images = torch.zeros_like(images)
-        self.t = {c: torch.zeros_like(x) for c, x in t.items()}
+    def record(self):
         self.graph = SimpleNamespace(replay=self.replay)
         self.replayed = []
 
@@ -256,6 +256,49 @@ def test_a_graph_is_for_full_batches_after_the_first():
         assert graphed(images, {0: torch.ones(1)})["loss"] == size * 10 * i + 1
     assert one_by_one == [1, 21, 21, 61, 51]
     assert graphed.replayed == [81, 121]
+
+
+@pytest.mark.parametrize(
+    "device, options, graphed",
+    [
+        ("cuda", {}, True),
+        ("cuda:1", {}, True),
+        ("cpu", {}, False),
+        ("cuda", {"eager": True}, False),
+        ("cuda", {"deterministic": True}, False),
+    ],
+)
+def test_where_steps_are_graphs(device, options, graphed):
+    run = train.Training.__new__(train.Training)
+    run.device, run.settings, run.optimizers = device, train.Settings(**options), []
+    assert isinstance(run.step_by_graph(), train.GraphedStep) == graphed
+
+
+def test_a_graph_is_recorded_on_the_device_that_was_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train.runs, "pick_device", lambda device: device)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        train.set_up(train.Settings(device=device, precision="fp32"))
+    assert asked == [0, 1]
+
+
+def test_a_run_that_has_ended_takes_no_memory(tmp_path):
+    settings, _, _ = train.parse(["--epochs", "1", "--out", str(tmp_path)])
+    settings, device = train.set_up(settings)
+    teacher = train.runs.load_teacher(train.ensure_weights(settings.weights))
+    gc.collect()
+    gc.disable()
+    try:
+        run = train.Training(settings, teacher, device, resume=False)
+        run.folder.mkdir(parents=True)
+        run.build_model()
+        take_step = run.step_by_graph()
+        features = weakref.ref(run.cache.store)
+        del run, take_step
+        assert features() is None
+    finally:
+        gc.enable()
 
 
 def test_the_learning_rate_is_set_where_a_graph_reads_it():
