@@ -135,6 +135,16 @@ def test_prose_has_short_lines_and_short_paragraphs(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_a_tables_head_stands_on_its_rule(page):
+    """With a line between them Markdown shows no table."""
+    lines = (ROOT / page).read_text().splitlines()
+    for number, (above, line) in enumerate(zip(lines, lines[1:], strict=False), start=2):
+        if line.startswith("|---"):
+            assert above.startswith("|"), f"{page}:{number}: a table without a head"
+            assert above.count("|") == line.count("|"), f"{page}:{number}: columns"
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_relative_links_lead_to_files(page):
     for link in re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text()):
         assert "://" in link or (ROOT / Path(page).parent / link).exists(), link
