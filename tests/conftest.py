@@ -145,7 +145,12 @@ import data, evaluate, runs, train, vitad
 assert state() == before
 """
 # Fixture: the arguments of Python.
-BACKGROUND = {"demo": [ROOT / "train.py"], "imports": ["-c", IMPORTS]}
+BACKGROUND = {
+    "wrong_category": [ROOT / "ablations/run.py", "--figure", "3c", "--categories", "bottel"],
+    "wrong_teacher": [ROOT / "weights/download.py", "vit_bose_patch16_224"],
+    "demo": [ROOT / "train.py"],
+    "imports": ["-c", IMPORTS],
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -159,7 +164,7 @@ def background(request, tmp_path_factory):
     for name in BACKGROUND.keys() & needed:
         folder = tmp_path_factory.mktemp(name)
         with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
-            command = [sys.executable, *BACKGROUND[name]]
+            command = ["nice", sys.executable, *map(str, BACKGROUND[name])]
             process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err)
         begun[name] = process, folder
     yield begun
@@ -168,20 +173,37 @@ def background(request, tmp_path_factory):
         process.wait()
 
 
+def ended(process, folder):
+    """What a process of `background` leaves, once it is done."""
+    code = process.wait(timeout=600)
+    return Result(code, (folder / "out").read_text(), (folder / "err").read_text())
+
+
 @pytest.fixture(scope="session")
 def demo(background):
     """A folder in which the README's first command, train.py, has trained."""
-    process, folder = background["demo"]
-    assert process.wait(timeout=600) == 0, (folder / "err").read_text()
-    assert "teacher demo_teacher (DEMO" in (folder / "out").read_text()
-    return folder
+    result = ended(*background["demo"])
+    assert result.code == 0, result.err
+    assert "teacher demo_teacher (DEMO" in result.out
+    return background["demo"][1]
 
 
 @pytest.fixture(scope="session")
 def imports(background):
-    """Exit code and errors of a process that only imports the project."""
-    process, folder = background["imports"]
-    return process.wait(timeout=600), (folder / "err").read_text()
+    """Of a process that only imports the project."""
+    return ended(*background["imports"])
+
+
+@pytest.fixture(scope="session")
+def wrong_category(background):
+    """Of ablations/run.py with a misspelt category, in another folder."""
+    return ended(*background["wrong_category"])
+
+
+@pytest.fixture(scope="session")
+def wrong_teacher(background):
+    """Of weights/download.py with a misspelt teacher, in another folder."""
+    return ended(*background["wrong_teacher"])
 
 
 @pytest.fixture(scope="module")

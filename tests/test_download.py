@@ -18,7 +18,7 @@ import pytest
 import torch
 from torchvision.models import ViT_B_16_Weights
 
-from conftest import ROOT, assert_one_sentence, call, run_script, tiny_vit
+from conftest import ROOT, assert_one_sentence, call, tiny_vit
 from runs import UserError
 from vit import ViT, load_vit, sha256
 from weights import convert, download
@@ -371,7 +371,5 @@ def test_wrong_arguments(published, nowhere, tmp_path, monkeypatch):
     assert_one_sentence(call(download.main, "tiny"), nowhere, "Connection refused")
 
 
-def test_the_command_line():
-    """As a user gives it, from the repository's root."""
-    result = run_script("weights/download.py", "vit_bose_patch16_224", cwd=ROOT)
-    assert_one_sentence(result, "did you mean vit_base_patch16_224")
+def test_it_runs_as_a_file_from_any_folder(wrong_teacher):
+    assert_one_sentence(wrong_teacher, "did you mean vit_base_patch16_224")

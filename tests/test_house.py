@@ -99,8 +99,7 @@ def test_who_imports_whom():
 
 def test_importing_sets_nothing(imports):
     """No environment variable, no flag of torch, no random state."""
-    code, errors = imports
-    assert code == 0, errors
+    assert imports.code == 0, imports.err
 
 
 # -------------------------------------------------------------------------------------------- pages

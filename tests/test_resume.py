@@ -8,6 +8,7 @@ import errno
 import functools
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import signal
@@ -33,6 +34,13 @@ def world(tmp_path_factory, own_cache):
     make_category(folder / "own", train=11)
     save_vit(tiny_vit(depth=4), folder / "teacher.safetensors")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forkserver():
+    """A process that imports train.py while the first tests run: `start` forks it."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["train"])
+    multiprocessing.forkserver.ensure_running()
 
 
 def uncaught(number, frame):
@@ -300,7 +308,6 @@ def test_out_of_memory_is_one_sentence_and_loses_nothing(world, undisturbed, tmp
 def start(world, out, *options):
     """train.py in a new process, which is forked from one that has imported it already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
     command = [str(part) for part in arguments(world, out, *KILLED, *options)]
     process = context.Process(target=train.main, args=(command,))
     process.start()
@@ -413,7 +420,6 @@ def test_three_processes_share_six_runs(world, undisturbed, tmp_path):
     command = [str(part) for part in arguments(world, tmp_path, *options)]
     outputs = [tmp_path / f"{name}.txt" for name in "abc"]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
     processes = []
     for output in outputs:
         output.touch()
