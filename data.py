@@ -112,7 +112,10 @@ SMALL = {
     "cifar100": OfficialFiles(500, 100, "CIFAR100"),
     "fashion_mnist": OfficialFiles(6000, 1000, "FashionMNIST"),
 }
-OPENING = threading.Lock()
+READING = (
+    1  # raise it when `read_image` gives other pixels: what the cache holds is then decoded anew
+)
+OPENING = threading.Lock()  # of `open_image`: filters of warnings belong to the whole process
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 
@@ -228,7 +231,7 @@ def demo_split(train):
 def small_split(dataset, root, category, train):
     """Training: the images of the normal classes. Test: those of every class, labelled."""
     classes, normal = CATEGORIES[dataset], (category,)
-    if dataset == "cifar100":  # its categories are superclasses
+    if dataset == "cifar100":  # its categories are superclasses; its files number sorted classes
         classes, normal = sorted(sum(CIFAR100.values(), ())), CIFAR100[category]
     part, wanted = ("train", normal) if train else ("test", classes)
     folder = Path(root) / dataset
@@ -391,15 +394,16 @@ def undecodable(path, error, advice):
 def read_image(path, size):
     """One image file as RGB, uint8 (size, size, 3); in its own size where `size` is None.
 
-    EXIF rotation is applied. 16 bits become their upper 8. Transparency is laid on white. Grey and
-    palette images become RGB.
+    EXIF rotation is applied. 16 bits become their upper 8; 32 bits are refused, since nothing says
+    what their range is. Transparency is laid on white. Grey and palette images become RGB.
     """
     try:
         with open_image(path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey, which Pillow's conversion would clip
-                upper = np.clip(np.asarray(image), 0, 65535) // 256
-                image = Image.fromarray(upper.astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise ValueError(f"its pixels have 32 bits, Pillow's mode {image.mode}")
+            if image.mode.startswith("I;16"):  # grey, which Pillow's conversion would clip
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -460,7 +464,7 @@ def is_whole(cache, header, size):
 
 
 def cache_file(folder, paths, shape):
-    """Its name is a digest of the images' names, sizes and times of change."""
+    """Its name is a digest of READING, and of the images' paths, sizes and times of change."""
     stats = []
     for path in paths:
         try:
@@ -468,7 +472,7 @@ def cache_file(folder, paths, shape):
         except OSError as error:  # a link to nowhere
             raise undecodable(path, error.strerror, "replace or remove it") from None
         stats.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
-    digest = hashlib.sha256(repr((shape, stats)).encode()).hexdigest()[:24]
+    digest = hashlib.sha256(repr((READING, shape, stats)).encode()).hexdigest()[:24]
     return cache_folder() / f"{slug(folder.name)}-{digest}.npy"
 
 

@@ -478,13 +478,8 @@ def print_results(results):
     for result in results:
         by_dataset.setdefault(result["dataset"], []).append(result)
     for dataset, rows in by_dataset.items():
-        order = CATEGORIES[dataset]
-
-        def place(row, order=order):
-            known = row["category"] in order
-            return (order.index(row["category"]) if known else len(order), row["seed"])
-
-        rows.sort(key=place)
+        order = [*CATEGORIES[dataset], *(row["category"] for row in rows)]
+        rows.sort(key=lambda row, order=order: (order.index(row["category"]), row["seed"]))
         teachers = sorted({str(row["teacher"]) for row in rows})
         print("\n".join(map(mistakes, rows)))
         print(f"{dataset}: image AUROC in %, last epoch, teacher {', '.join(teachers)}")
@@ -533,11 +528,11 @@ def make_parser():
         metavar="DIR",
         help="keep results in DIR, write its tables; scored runs are not scored again",
     )
-    add("--data-root", help="folder that holds the categories (default as in training)")
+    add("--data-root", help="folder of the data set, as for train.py (default as in training)")
     add("--weights", help="the teacher's file (default as in training)")
     add("--skip-bad", action="store_true", help="leave out images that do not decode, and say so")
     add("--batch-size", type=int, default=32, help="images at a time (default 32)")
-    add("--precision", choices=precisions, default="fp32", help="default fp32")
+    add("--precision", choices=precisions, default="fp32", help="of both networks (default fp32)")
     add("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
     return parser
 

@@ -21,6 +21,7 @@ import os
 import platform
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +146,7 @@ def whole_numbers(text):
     """An argument's type, "3,6,9,11" -> (3, 6, 9, 11): blocks, or seeds."""
     digits = len(str(MOST))
     parts = text.split(",")
+    # -1: not such a number, refused below.
     numbers = [int(x) if x.isdecimal() and len(x) < digits else -1 for x in parts]
     if numbers != sorted(set(numbers)) or numbers[0] < 0:
         raise argparse.ArgumentTypeError(
@@ -313,8 +315,8 @@ def lock(run):
     """Yields whether the run folder is this process's alone until the block ends.
 
     The kernel frees the lock however a process ends. On NFS Linux asks the server for it, so it
-    should hold between machines, but for mounts with the option `nolock`. On a file system without
-    locks that is said, and the run goes on.
+    should hold between machines, but for mounts with the option `nolock`. A file system without
+    locks gets a note, and the run goes on.
     """
     with new_folder(run):
         if fcntl is None:
@@ -363,7 +365,7 @@ def cache_folder():
 
 
 def is_locked(run):
-    """Whether a process has the run folder. Of one that has not, nothing changes."""
+    """Whether another process has the run folder. Asking changes nothing in it."""
     path = run / ".lock"
     if fcntl is None or not path.is_file():
         return False
@@ -374,9 +376,9 @@ def is_locked(run):
 def is_complete(run, settings, existing, locked=False):
     """Whether the run folder holds a complete run of these settings (a dict).
 
-    existing: what to do with a run that is there, "resume" or None. Refused are a run of other
-    settings, and where it is None an unfinished run, unless another process is at it. locked: this
-    process is.
+    existing: what to do with a run that is there, "resume" or None. A run of other settings is
+    refused. So is an unfinished one where `existing` is None, unless another process trains it.
+    locked: this process holds the run's lock, so no other does.
     """
     complete = (run / "model.safetensors").is_file()
     begun = (run / "checkpoint.safetensors").is_file()
@@ -409,7 +411,8 @@ def differences(before, settings):
 def begin_run(run, config):
     """A new run folder with its config.json, without model, log and results of an older run.
 
-    These go when there was room for the config.json.
+    They go once the new config.json is written, and before it takes its name: an old model never
+    lies beside a new config.
     """
     remove_half_written(run)
     with atomic(run / "config.json") as temporary:
@@ -425,6 +428,7 @@ def begin_run(run, config):
             "roc.svg",
         ):
             (run / name).unlink(missing_ok=True)
+        shutil.rmtree(run / "failures", ignore_errors=True)
 
 
 def config_to_resume(run, teacher_sha256):

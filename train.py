@@ -10,6 +10,9 @@ A run is a folder, runs/<dataset>/<category>/seed<seed>, with model.safetensors 
 delta), config.json (settings, teacher, versions, command) and log.jsonl (losses every ten steps,
 the distance on held-out images every epoch, and at the end delta). `python evaluate.py` scores it.
 Only normal training images are read. The last epoch is the result.
+
+The training itself is `Training.loop`. Before it come the settings, the cache of the teacher's
+features, Muon and CUDA's graphs.
 """
 
 import os
@@ -271,8 +274,8 @@ def runs_to_do(settings, seeds, existing):
 def nothing_to_do(settings, existing, begun=None):
     """Whether a run is complete, and says so.
 
-    begun: when this process began the runs that it has locked, this one too. With --overwrite a run
-    that has become complete since was trained by another process of the same command.
+    begun: when `train_all` began, if this process holds the run's lock, else None. With --overwrite
+    a model that is newer than that was trained by another process of the same command.
     """
     folder = run_folder(settings)
     model = folder / "model.safetensors"
@@ -365,7 +368,8 @@ class TeacherCache:
     """The teacher's features of the training images.
 
     They never change: the teacher is frozen and nothing is augmented. The first epoch computes
-    them, later ones look them up, so that a step costs three forwards instead of four.
+    them, later ones look them up. A step then costs as much as three forward passes instead of
+    four, if a backward pass counts as two.
 
     n x layers x (1 + P) x D values of 4 bytes, or 2 under bf16, are kept in the first of PLACES
     that leaves half of what is free: the device's memory, the host's, a memory-mapped file in
@@ -545,7 +549,8 @@ class Muon(torch.optim.Muon):
 
     torch takes one matrix after the other, in bfloat16 always. A GPU spends its time starting the
     many small products, and a CPU without bfloat16 products takes 70 times as long for them. So
-    here they are batched, and in float32 unless `bf16`.
+    here they are batched, and in float32 unless `bf16`. Momentum (Nesterov, 0.95) and the five
+    steps of Newton-Schulz are torch's defaults; --momentum is SGD's.
     """
 
     def __init__(self, matrices, *, lr, weight_decay, bf16):
@@ -919,6 +924,7 @@ class Training:
         return GraphedStep(self.take_step, self.optimizers, settings.batch_size)
 
     def loop(self, progress, stop):
+        """Eqs. 1 to 6, step by step, from `self.step` on; after a signal it raises Stopped."""
         settings = self.settings
         size = settings.batch_size
         take_step = self.step_by_graph()
@@ -954,7 +960,7 @@ class Training:
                     self.measure(progress, epoch)
                 progress.show(epoch_ends, ended=self.step == self.steps)
 
-                # Checkpoint, where a line was logged and the last one is old enough.
+                # Checkpoint: when the last one is old enough, and before stopping.
                 if due:
                     runs.save_checkpoint(
                         self.checkpoint,
@@ -1008,18 +1014,18 @@ class Training:
         lines = [json.loads(line) for _, line in runs.read_log(self.log_file)]
         curve = {line["step"]: line["held_out_mean"] for line in lines if "held_out_mean" in line}
         length = second_half(curve)
-        progress.write({**facts, "held_out": on_held_out, **length, **spread})
+        progress.write({**facts, "on_held_out": on_held_out, **length, **spread})
 
-        mean = f"score {scores['score'].mean():.2f} on average, delta is {self.model.delta:.2f}"
+        verdict = f"score {scores['score'].mean():.2f} on average, delta is {self.model.delta:.2f}"
         if not on_held_out:
-            return f"the training images {mean}: too low for new images"
+            return f"the training images {verdict}: too low for new images"
         if not length:
-            return f"images held out {mean}"
+            return f"images held out {verdict}"
         word = "fell" if length["fell"] >= 0 else "rose"
         fell = f"{word} by {100 * abs(length['fell']):.0f} % over the second half of training"
         if length["lowest_at"] < self.step:
             fell += f" and was lowest at step {length['lowest_at']}"
-        return f"images held out {mean}; their distance to the teacher {fell}"
+        return f"images held out {verdict}; their distance to the teacher {fell}"
 
 
 def train(settings, teacher, device, resume=False, runs_after=0):

@@ -3,7 +3,8 @@
 A frozen ImageNet teacher T and a student S of the same architecture see the same normal images. The
 student learns the teacher's features, stays near the teacher's mean class token (the anchor), and
 keeps the relations between the teacher's layers (the Gram constraint). On an image unlike the
-training images the two disagree, and both move away from the anchor. That is the anomaly score.
+training images the two disagree, and the teacher's class token is farther from the anchor (the
+student's hardly moves, see `distill_loss`). These distances make the anomaly score.
 
 Shapes: B images, 1 + P tokens (class token first), D width. `t` and `s` are the features of teacher
 and student, {c: (B, 1 + P, D)} for the tapped layers c, ascending. Losses are means over the batch.
@@ -157,8 +158,8 @@ def total_loss(distill, anchor=0, gram=0, lam=LAM):
 def score_a(t_cls, s_cls, anchor, reading="unit"):
     """Eq. 7: S_A = ||T_phi_c^cls - anchor||_2 + ||S_phi_c^cls - anchor||_2.
 
-    (B, D), (B, D), (D,) -> its two terms, (B,) each. They are kept apart because the teacher's
-    needs no training: it is the baseline that a student has to beat.
+    c is the last tapped layer. (B, D), (B, D), (D,) -> its two terms, (B,) each. They are kept
+    apart because the teacher's needs no training: it is the baseline that a student has to beat.
     """
     return distance(t_cls, anchor, reading), distance(s_cls, anchor, reading)
 
@@ -190,14 +191,14 @@ def score(score_d, score_a_teacher, score_a_student):
     return score_d + score_a_teacher + score_a_student
 
 
-def calibrate(normal_scores):
-    """Eq. 10's delta: of 100 new normal images, about one scores more. The paper gives no rule.
+def threshold(normal_scores):
+    """Eq. 10's delta: about one new normal image in 100 scores more. The paper gives no rule.
 
-    (n,), n > 1 -> scalar, from normal images, best such as the student was not trained on.
-      n >= 100: the score of rank 0.99 (n + 1), which lies between two of them.
-      fewer: their quantile is about their maximum, which one new image in n + 1 exceeds. So
-        mean + t sqrt(1 + 1/n) std, with t the 0.99 quantile of Student's distribution with n - 1
-        degrees of freedom. One new image in 100 exceeds it, if scores are normally distributed.
+    (n,), n > 1 -> scalar. The images should be normal ones that did not train the student.
+      n >= 100: the score of rank 0.99 (n + 1), interpolated between its neighbours.
+      fewer: their 0.99 quantile is about their maximum, which one new image in n + 1 exceeds. So
+        the upper 99 % prediction limit of normally distributed scores, mean + t sqrt(1 + 1/n) std,
+        with t the 0.99 quantile of Student's distribution with n - 1 degrees of freedom.
     """
     n = len(normal_scores)
     if n >= 100:
@@ -248,19 +249,20 @@ class Normal(nn.Module):
     def of(cls, diffs, top_k=TOP_K):
         """{c: Diff_c (n, 1 + P)} of normal images, n > 2 -> a Normal.
 
-        delta is `calibrate` of their scores, each by the mean and std of the n - 1 others. These
-        follow from those of all: mean_i = mean - own / (n - 1), and var_i = ((n - 1) var -
+        delta is the `threshold` of their scores, each by the mean and std of the n - 1 others.
+        These follow from those of all: mean_i = mean - own / (n - 1), and var_i = ((n - 1) var -
         n / (n - 1) own^2) / (n - 2), with own = Diff_i - mean.
         """
         mean, std = mean_and_std(diffs)
         deviations = {}
         for c, d in diffs.items():
-            n, own = len(d), d.double() - d.double().mean(dim=0)
+            n = len(d)
+            own = d.double() - d.double().mean(dim=0)  # var is a difference of nearly equal sums
             squares = own.square()
             var = (squares.sum(dim=0) - n / (n - 1) * squares) / (n - 2)
-            deviations[c] = n / (n - 1) * own / var.clamp(min=0).sqrt().clamp(min=LEAST_STD)
-        scores = sum(score_d(deviations, top_k)).to(mean[c].dtype)
-        return cls(mean, std, calibrate(scores))
+            deviations[c] = n / (n - 1) * own / var.clamp(min=LEAST_STD**2).sqrt()
+        scores = sum(score_d(deviations, top_k))
+        return cls(mean, std, threshold(scores).float())
 
     def score_d(self, diffs, top_k=TOP_K):
         """Eq. 9 of (Diff - mean) / std: {c: Diff_c (B, 1 + P)} -> (B,).
@@ -277,8 +279,9 @@ class Normal(nn.Module):
 
 def mean_and_std(diffs):
     """{c: (n, 1 + P)} -> both over the n images, {c: (1 + P,)} each."""
-    both = {c: torch.std_mean(d, dim=0) for c, d in diffs.items()}
-    return {c: mean for c, (_, mean) in both.items()}, {c: std for c, (std, _) in both.items()}
+    mean = {c: d.mean(dim=0) for c, d in diffs.items()}
+    std = {c: d.std(dim=0) for c, d in diffs.items()}
+    return mean, std
 
 
 class Distillation(nn.Module):
@@ -292,9 +295,9 @@ class Distillation(nn.Module):
     anchor: see `Anchor`. without: terms of Eq. 6 to leave out, "anchor" or "gram", for ablations.
     precision: "bf16" runs both networks under autocast; weights, losses, scores stay float32.
 
-    delta: the threshold of Eq. 10. heat_scale: two values over normal images, the median heat of a
-    patch, and `calibrate` of each image's hottest patch. Both are NaN before `calibrate`. normal:
-    see `Normal`; None before, and where `calibrate` had fewer than `FEW` images.
+    `calibrate` sets the rest, by normal images. delta: the threshold of Eq. 10. heat_scale: two
+    values, the median heat of a patch, and the `threshold` of each image's hottest patch. Both are
+    NaN before. normal: see `Normal`; None before, and with fewer than `FEW` images.
     """
 
     def __init__(
@@ -335,6 +338,7 @@ class Distillation(nn.Module):
         """The inverse of `learned_state`, strict: every key has to be there and no other."""
         self.normal = None
         if "normal.delta" in state:
+            # Shapes as in the file. One that is missing may have any: loading it fails below.
             like = {c: state.get(f"normal.mean_{c}", self.delta) for c in self.layers}
             mean = {c: torch.empty_like(x) for c, x in like.items()}
             std = {c: torch.empty_like(x) for c, x in like.items()}
@@ -419,9 +423,9 @@ class Distillation(nn.Module):
         -> their scores, see `scores`.
         """
         scores = self.scores_of(diffs, terms_of_s_a)
-        self.delta.copy_(calibrate(scores["score"]))
+        self.delta.copy_(threshold(scores["score"]))
         usual = scores["heat"].median()
-        hottest = calibrate(scores["heat"].amax(dim=1))
+        hottest = threshold(scores["heat"].amax(dim=1))
         self.heat_scale.copy_(torch.stack([usual, hottest]))
         enough = len(scores["score"]) >= FEW
         self.normal = Normal.of(diffs, self.top_k) if enough else None

@@ -196,7 +196,7 @@ def test_tables_and_charts_follow_from_the_numbers_beside_them(path):
 def world(tmp_path_factory):
     """A folder with a category `bottle` and tiny teachers."""
     folder = tmp_path_factory.mktemp("ablations")
-    make_category(folder / "data/bottle", train=4, good=3, bad=3)
+    make_category(folder / "data/bottle", train=4, good=8, bad=8)
     save_vit(tiny_vit(), folder / "teacher.safetensors")
     random_weights("resnet18", folder / "resnet18.safetensors")
     return folder

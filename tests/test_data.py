@@ -196,6 +196,14 @@ def test_16_bit_grey_keeps_its_upper_8_bits(tmp_path, suffix):
     assert (data.read_image(path, 8) == (RAMP.astype(int) * 1000 >> 8)[..., None]).all()
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_32_bits_have_no_known_range(tmp_path, kind):
+    path = tmp_path / "image.tif"
+    Image.fromarray(RAMP.astype(kind)).save(path)
+    with pytest.raises(UserError, match="its pixels have 32 bits"):
+        data.read_image(path, 8)
+
+
 def test_transparency_is_laid_on_white(tmp_path):
     pixels = np.zeros((8, 8, 4), dtype=np.uint8)
     pixels[:, 4:, 3] = 255  # the left half is transparent black, the right half opaque black
@@ -242,6 +250,16 @@ def test_the_second_start_reads_the_cache(tmp_path, monkeypatch):
     second = data.train_split("mvtec", tmp_path, "bottle")
     assert torch.equal(first.images, second.images) and first.names == second.names
     assert len(cached_files()) == 1
+
+
+def test_another_reading_of_images_is_not_taken_from_the_cache(tmp_path, monkeypatch):
+    make_category(tmp_path / "bottle")
+    data.train_split("mvtec", tmp_path, "bottle")
+    read_image = data.read_image
+    monkeypatch.setattr(data, "read_image", lambda *args: 255 - read_image(*args))
+    before = data.train_split("mvtec", tmp_path, "bottle").images
+    monkeypatch.setattr(data, "READING", data.READING + 1)
+    assert torch.equal(data.train_split("mvtec", tmp_path, "bottle").images, 255 - before)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "gone"])

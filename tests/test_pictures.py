@@ -156,7 +156,7 @@ def test_a_run_with_masks_says_where_the_defects_are(world):
     lines = process.out.splitlines()
     assert lines[-3].split()[-2:] == ["pixels", "AU-PRO"]
     assert lines[-2].split()[-2:] == [f"{result['pixel_auroc']:.2f}", f"{result['au_pro']:.2f}"]
-    assert result["pixel_auroc"] > 60 and 0 <= result["au_pro"] <= 100
+    assert result["pixel_auroc"] > 50 and 0 <= result["au_pro"] <= 100
     assert result["misses_by_kind"] == {"stain": [result["misses"], 5]}
     assert lines[0] == (
         f"own seed 0, delta {result['delta']:.3f}: false alarms {result['false_alarms']} of 4; "
@@ -394,7 +394,7 @@ def test_held_out_distances_go_from_the_log_into_the_table_and_the_chart(world, 
     first, *rows = curves.read_table()
     assert first == old and [row["step"] for row in rows] == ["1", "2"]
     lines = [json.loads(line) for line in (world / RUN / "log.jsonl").read_text().splitlines()]
-    for row, line in zip(rows, (line for line in lines if "held_out" in line), strict=False):
+    for row, line in zip(rows, (line for line in lines if "held_out" in line), strict=True):
         assert float(row["held_out_mean"]) == pytest.approx(line["held_out_mean"], abs=1e-5)
         assert float(row["block9"]) == pytest.approx(line["held_out"][2], abs=1e-5)
     chart = ElementTree.parse(world / "recipe_own.svg").getroot()

@@ -120,7 +120,7 @@ def test_the_run_folder(world):
     assert [line["step"] for line in log] == [2, 2, 4, 4, 4]
     assert {"epoch", "lr", "loss", "distill", "anchor", "gram", "images_per_s"} <= set(log[-3])
     assert {"epoch", "held_out_mean", "held_out"} <= set(log[-2])
-    assert log[-1]["images"] == 2 and log[-1]["held_out"]
+    assert log[-1]["images"] == 2 and log[-1]["on_held_out"]
     assert log[-1]["score_d"]["std"] > 0 and log[-1]["delta"] > log[-1]["score"]["mean"]
     state = load_file(folder / "model.safetensors")
     assert state["anchor.count"] == 6 and state["delta"].isfinite()
@@ -255,10 +255,13 @@ def test_a_complete_run_is_kept(world):
 def test_overwrite_starts_again(world, tmp_path):
     shutil.copytree(world / "runs", tmp_path / "runs")
     (run_folder(tmp_path) / "result.json").touch()
+    (run_folder(tmp_path) / "failures").mkdir()
+    (run_folder(tmp_path) / "failures/index.html").touch()
     result = run_train(world, "--overwrite", cwd=tmp_path, epochs=1)
     assert result.code == 0, result.err
     assert read_json(run_folder(tmp_path) / "config.json")["settings"]["epochs"] == 1
     assert not (run_folder(tmp_path) / "result.json").exists()  # it belonged to the old run
+    assert not (run_folder(tmp_path) / "failures").exists()
 
 
 @pytest.mark.parametrize(
@@ -470,7 +473,7 @@ def test_images_held_out_measure_and_calibrate_and_teach_nothing(world, tmp_path
     log = read_log(folder)
     measured = [line for line in log if "held_out_mean" in line]
     assert [line["epoch"] for line in measured] == [1, 2]
-    assert log[-1]["images"] == 3 and log[-1]["held_out"] is True
+    assert log[-1]["images"] == 3 and log[-1]["on_held_out"] is True
 
     model = Distillation(load_vit(world / "teacher.safetensors"))
     model.load_learned_state(whole)
@@ -680,3 +683,26 @@ def test_table_means_over_categories_each_the_mean_of_its_seeds():
     assert lines[-1].split() == ["mean", "80.00", "94.00", "80.00", "80.00", "80.00"]
     unknown = table([row("own", 0, None, None)]).splitlines()[-1]
     assert unknown.split() == ["mean"] + ["n/a"] * 5
+
+
+def test_runs_of_a_category_stand_together(capsys):
+    """In the protocol's order; own folders in the order of their first runs."""
+    numbers = ("auroc", "delta", "false_alarms", "misses", "n_normal", "n_anomalous")
+
+    def printed(dataset, *runs_in_order):
+        rows = [
+            {
+                **dict.fromkeys(numbers, 0.0),
+                **{"dataset": dataset, "category": category, "seed": seed},
+                **{"teacher": "tiny", "misses_by_kind": {}, "skipped": []},
+            }
+            for category, seed in runs_in_order
+        ]
+        evaluate.print_results(rows)
+        lines = capsys.readouterr().out.splitlines()
+        return [tuple(line.split()[:2]) for line in lines[-1 - len(rows) : -1]]
+
+    own = printed("folder", ("z", 1), ("a", 0), ("z", 0), ("a", 1))
+    assert own == [("z", "0"), ("z", "1"), ("a", "0"), ("a", "1")]
+    official = printed("mvtec", ("pill", 0), ("bottle", 1), ("bottle", 0))
+    assert official == [("bottle", "0"), ("bottle", "1"), ("pill", "0")]

@@ -138,6 +138,15 @@ def test_prepare_normalises():
     torch.testing.assert_close(vit.prepare(pixels), expected)
 
 
+def test_prepare_takes_bytes_of_any_shape():
+    vit = tiny_vit()
+    for height, width in ((224, 100), (100, 224)):
+        images = torch.zeros(1, 3, height, width, dtype=torch.uint8)
+        assert vit.prepare(images).shape == (1, 3, 224, 224)
+    with pytest.raises(ValueError, match="expected images as uint8, 0 to 255, got torch.float32"):
+        vit.prepare(torch.rand(1, 3, 224, 224))
+
+
 def test_prepare_enlarges_small_images_as_pillow_does():
     vit = tiny_vit(mean=(0, 0, 0), std=(1, 1, 1))
     generator = torch.Generator().manual_seed(0)

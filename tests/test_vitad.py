@@ -166,7 +166,7 @@ def test_eq9_score_d(t, s, reading):
 def test_eq10_score_and_delta():
     parts = [torch.tensor([value]) for value in (5.0, 2.0, 0.5)]
     assert vitad.score(*parts).item() == 7.5
-    assert vitad.calibrate(torch.arange(1.0, 200.0)).item() == pytest.approx(198)  # 0.99 of 200
+    assert vitad.threshold(torch.arange(1.0, 200.0)).item() == pytest.approx(198)  # 0.99 of 200
 
 
 # From a printed table of Student's t, one-sided 0.01.
@@ -181,7 +181,7 @@ def test_delta_of_fewer_than_100_images_is_a_bound_for_one_more():
     mean = sum(scores) / 6
     std = (sum((x - mean) ** 2 for x in scores) / 5) ** 0.5
     expected = mean + 3.365 * (1 + 1 / 6) ** 0.5 * std
-    assert vitad.calibrate(torch.tensor(scores)).item() == pytest.approx(expected, rel=0.01)
+    assert vitad.threshold(torch.tensor(scores)).item() == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("n", [6, 27, 99, 100, 250])
@@ -189,7 +189,7 @@ def test_one_new_normal_score_in_100_exceeds_delta(n):
     generator = torch.Generator().manual_seed(0)
     scores = 5 + torch.randn(1000, n, generator=generator)
     new = 5 + torch.randn(1000, 200, generator=generator)  # images of each of 1,000 calibrations
-    delta = torch.stack([vitad.calibrate(x) for x in scores])
+    delta = torch.stack([vitad.threshold(x) for x in scores])
     exceeded = (new > delta[:, None]).float().mean().item()
     assert exceeded == pytest.approx(0.01, abs=0.0012)
     plain = (new > scores.quantile(0.99, dim=1)[:, None]).float().mean().item()
@@ -434,7 +434,7 @@ def test_standardised_score():
         naive_standardised(image, normals[:i] + normals[i + 1 :], 3)
         for i, image in enumerate(normals)
     ]
-    expected = vitad.calibrate(torch.tensor(of_normals))
+    expected = vitad.threshold(torch.tensor(of_normals))
     assert model.normal.delta.item() == pytest.approx(expected.item())
     few = vitad.FEW - 1
     model.calibrate({c: d[:few] for c, d in diffs.items()}, [zero[:few] for zero in zeros])
