@@ -379,6 +379,7 @@ def open_image(path):
     """Image.open, without its warning of an image above 89 megapixels. 179 are an error."""
     if not path.is_file():
         raise FileNotFoundError("no such file")  # a pipe would be waited for
+    path.name.encode()  # a name that is no UTF-8 could not be written to any result
     with OPENING, warnings.catch_warnings():  # which all threads share
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(path)

@@ -41,6 +41,7 @@ from runs import UserError
 from vitad import FEW, Distillation
 from weights.download import ensure_weights
 
+TRAINED = ("commit", "device", "command", "date", "versions")  # of config.json, for result.json
 SCORES = (  # columns of scores.csv
     "score",
     "score_d",
@@ -310,7 +311,7 @@ def summarise(scored):
         "misses_by_kind": misses_by_kind,
         "teacher": config["teacher"].get("name"),
         "teacher_sha256": config["teacher"]["sha256"],
-        "trained": {key: config[key] for key in ("commit", "device", "command", "date")},
+        "trained": {key: config[key] for key in TRAINED if key in config},
     }
 
 

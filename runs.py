@@ -111,7 +111,10 @@ def script(main):
         except (UserError, OSError) as error:
             complain(error)
             return 2
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            on_a_cpu = "can't allocate memory" in str(error)  # for which torch has no class
+            if not (on_a_cpu or isinstance(error, torch.OutOfMemoryError)):
+                raise
             complain(
                 UserError(
                     "expected work that fits the memory of the device, got more: "

@@ -4,10 +4,11 @@
     python ablations/run.py --figure 4 --categories bottle,pill --seeds 0,1,2
     python ablations/run.py --figure 3b --categories bottle --vgg16 vgg16.safetensors --epochs 8
 
-Every other option is train.py's, for all runs of the figure, but for --overwrite. The command may
-be stopped at any time and goes on when it is given again: complete runs are not trained again,
-scored ones not scored again. Figure 5 is made of the tables of 3b, 3c and 4 where they are there.
-Runs lie in <out>/ablations/<variant>/, results in --results: figure_4.csv, .md and .svg.
+Any other option is train.py's and holds for all runs of the figure. Refused are --overwrite, and
+what a variant itself sets. The command may be stopped at any time and goes on when it is given
+again: complete runs are not trained again, scored ones not scored again. Figure 5 is made of the
+tables of 3b, 3c and 4 where they are there. Runs lie in <out>/ablations/<variant>/, results in
+--results: figure_4.csv, .md and .svg.
 """
 
 import os
@@ -31,6 +32,7 @@ import train
 from ablations import backbones
 from data import CATEGORIES, find_category
 from evaluate import evaluate, report_and_go_on, write_result
+from results.curves import is_number
 from results.pictures import grouped_bars
 from results.report import NAMES, cell, read_result, row
 from runs import UserError
@@ -165,6 +167,24 @@ def load_teacher(backbone, weights, image_size):
     return path, backbones.load(backbone, path, image_size)
 
 
+def check_options(figure, request):
+    """Refuse options that would make a variant another one."""
+    for name, _ in FIGURES[figure].variants:
+        variant = VARIANTS[name]
+        own = ["--dataset", FIGURES[figure].dataset, "--category", request.categories[0]]
+        own += variant.options
+        plain, given = (train.parse([*own, *more])[0] for more in ((), request.options))
+        fixed = ["dataset", "category", "without", "pos_embed"]
+        if variant.backbone != "vit":
+            fixed.append("cache")
+        for option in fixed:
+            value = getattr(given, option)
+            if value != getattr(plain, option):
+                raise UserError(
+                    f"{runs.flag(option)}: expected none, since {name} has its own, got {value}"
+                )
+
+
 def run_variant(name, dataset, request):
     """Train and score a variant on every category with every seed; -> its results."""
     variant = VARIANTS[name]
@@ -202,7 +222,11 @@ def run_variant(name, dataset, request):
             write_result(scored, device)
     if not all((run / "result.json").is_file() for run in folders):
         raise UserError(f"{name}: some of its runs could not be scored, for the reasons above")
-    return [read_result(run / "result.json") for run in folders]
+    results = [read_result(run / "result.json") for run in folders]
+    for run, result in zip(folders, results, strict=True):
+        if result[variant.score] is None:
+            raise UserError(f"{run}: expected normal and anomalous test images, got one kind")
+    return results
 
 
 def csv_rows(name, results):
@@ -224,6 +248,9 @@ def read_csv(figure, request):
         return []
     rows = runs.read_csv(path, COLUMNS)
     rows = [r for r in rows if (r["category"], r["seed"]) in wanted]
+    for r in rows:
+        if not is_number(r["value"]):
+            raise UserError(f"{path}: expected numbers as value, got {r['value']!r}: make it again")
     complete = len(rows) == len(wanted) * len(FIGURES[figure].variants)
     return rows if complete else []
 
@@ -235,6 +262,7 @@ def make(figure, request):
         parts = [r for part in PARTS_OF_5 for r in read_csv(part, request) or make(part, request)]
         rows = [r for name in names for r in parts if r["variant"] == name]
     else:
+        check_options(figure, request)
         rows = []
         for name in names:
             rows += csv_rows(name, run_variant(name, FIGURES[figure].dataset, request))

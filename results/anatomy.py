@@ -11,9 +11,9 @@ Where there are masks, it has how much of the k hottest patches of Eq. 9 lies on
 Of runs that differ in the seed alone, a line has the AUROC of their mean score: what is left when
 the noise of the single student is averaged out.
 
-A second table is of the held-out normal images alone. It has the mean of Diff over the patches, its
-deviation, and of runs that differ in the seed which share of its variance is the seed's: noise of
-the student.
+A second table is of the held-out normal images alone. It has the mean and standard deviation of
+Diff over patches and images. Of runs that differ in the seed it has which share of a position's
+variance, over images and students, is between students: noise of the single one.
 """
 
 import json
@@ -65,12 +65,19 @@ def variants(diffs, s_a, top_k):
     return scores
 
 
-def held_out_diffs(model, settings):
+def held_out_diffs(model, config):
     """{c: Diff_c (n, 1 + P)} of the normal images that training held out, or None."""
+    settings = config["settings"]
     if not settings.get("holdout"):
         return None
     place = (settings["dataset"], settings["data_root"], settings["category"])
     images = train_split(*place, model.teacher.image_size).images
+    before = config.get("images", len(images))
+    if len(images) != before:
+        raise runs.UserError(
+            f"{settings['data_root']}: expected the {before} training images of the run, "
+            f"got {len(images)}: restore them, or train it again"
+        )
     _, index = hold_out(SimpleNamespace(**settings), len(images))
     return score_parts(model, images[index])[0]
 
@@ -90,8 +97,8 @@ def per_layer(diffs):
 def noise(diffs):
     """Diffs of several students on the same images, {c: (n, 1 + P)} each -> {c: share of variance}.
 
-    The share of a patch's variance, over images and students, that is between the students: the
-    mean over the patches of the one over that of the other.
+    The variance between the students, by that over images and students; both of a position, and
+    averaged over the patches first.
     """
     shares = {}
     for c in diffs[0]:
@@ -183,8 +190,9 @@ def main(argv):
     for run in find_runs(args.runs, out=None):
         model = runs.load(run, teacher=teacher)
         teacher = model.teacher
-        settings.append(runs.read_config(run)["settings"])
-        normals.append(held_out_diffs(model, settings[-1]))
+        config = runs.read_config(run)
+        settings.append(config["settings"])
+        normals.append(held_out_diffs(model, config))
         columns.append(column(settings[-1], model, normals[-1]))
     names = [f"{run.parent.name} {run.name}" for run in args.runs]
     print(f"| score | {' | '.join(names)} |")

@@ -5,7 +5,7 @@
     python results/curves.py --category pill     # draw results/recipe_pill.svg from it
 
 A row of recipe.csv is an epoch's end of a run: its settings, the held-out distance (mean and per
-layer), the training loss since the last line of the log. No test image has a part in it.
+layer), the mean training loss since the log's line before. No test image has a part in it.
 """
 
 if __name__ == "__main__":
@@ -22,6 +22,7 @@ import runs
 from data import slug
 from results.pictures import Axes
 from runs import UserError
+from train import Settings
 
 TABLE = Path(__file__).parent / "recipe.csv"
 SETTINGS = (
@@ -35,6 +36,8 @@ SETTINGS = (
     "warmup",
     "decay",
 )
+# Runs that differ in these too are not for the table.
+OTHERS = ("distance", "anchor", "pos_embed", "without", "lam", "momentum", "clip_grad")
 MEASURED = ("epochs", "step", "held_out_mean", "block3", "block6", "block9", "block11", "loss")
 COLUMNS = ("teacher", *SETTINGS, "lr", *MEASURED, "commit")
 BLOCKS = [3, 6, 9, 11]
@@ -63,11 +66,21 @@ def rows_of(run):
     config = runs.read_config(run)
     path = Path(run) / "config.json"
     runs.check_values(path, config, {"lr": float, "epochs": int})
-    numbers = {"batch_size": int, "weight_decay": float, "holdout": float}
-    runs.check_values(path, config["settings"], {"optimizer": list(COLOURS), **numbers})
+    numbers = {"batch_size": int, "weight_decay": float, "holdout": float, "warmup": int}
+    runs.check_values(
+        path, config["settings"], {"optimizer": list(COLOURS), "decay": str, **numbers}
+    )
     if config["settings"]["layers"] != BLOCKS:
         layers = ",".join(map(str, config["settings"]["layers"]))
         raise UserError(f"{run}: expected a run with --layers 3,6,9,11, got {layers}")
+    for name in OTHERS:
+        default = getattr(Settings, name)
+        value = config["settings"].get(name, default)
+        if value != default:
+            raise UserError(
+                f"{run}: expected a run with {runs.flag(name)} {default}, for which the table has "
+                f"no column, got {value}"
+            )
     fixed = {name: config["settings"][name] for name in SETTINGS}
     fixed["teacher"] = config["teacher"].get("name", "")
     fixed |= {"lr": config["lr"], "epochs": config["epochs"], "commit": config["commit"]}
@@ -80,10 +93,12 @@ def rows_of(run):
         if "held_out_mean" not in line:
             continue
         runs.check_values(path, line, {"held_out_mean": float, "held_out": list})
-        distances = [x for x in line["held_out"] if isinstance(x, float)]
-        if len(distances) != len(BLOCKS):
+        runs.check_values(path, {"loss": loss}, {"loss": float})
+        distances = line["held_out"]
+        known = [isinstance(x, float) and math.isfinite(x) for x in distances]
+        if len(known) != len(BLOCKS) or not all(known) or not math.isfinite(line["held_out_mean"]):
             raise UserError(f"{path}: expected the distances of four layers, got {line}")
-        values = dict(zip(("block3", "block6", "block9", "block11"), line["held_out"], strict=True))
+        values = dict(zip(("block3", "block6", "block9", "block11"), distances, strict=True))
         values = {**values, "held_out_mean": line["held_out_mean"], "loss": loss}
         rounded = {name: f"{value:.5f}" for name, value in values.items()}
         rows.append({**fixed, **rounded, "step": line["step"]})
@@ -125,6 +140,7 @@ def draw(rows, title):
         )
     low, high = math.ceil(min(steps)), math.floor(max(steps))
     ticks = [(x, str(2**x)) for x in range(low, high + 1)]
+    ticks = ticks or [(x, f"{2**x:.0f}") for x in sorted({min(steps), max(steps)})]
     used = {row["optimizer"] for row in rows}
     legend = [(name, colour) for name, colour in COLOURS.items() if name in used]
     return axes.svg(title, "steps", "held-out distance", legend=legend, x_ticks=ticks)

@@ -5,8 +5,7 @@
 
 A memory holds the teacher's patch tokens of the normal training images, at most M a layer. An image
 scores the mean of its patches' largest 1 % of distances (1 - cosine) to the nearest token in it,
-summed over the layers. PatchCore and AnomalyDINO refine the same idea. Nothing is trained. It
-prints image AUROC, of each layer alone too, and writes it to <out>/<dataset>/nearest/.
+summed over the layers, as in PatchCore and AnomalyDINO. The result is in <out>/<dataset>/nearest/.
 """
 
 import json
@@ -24,32 +23,30 @@ import runs
 from data import find_category, slug, test_split, train_split
 from evaluate import auroc
 from results import report
-from train import PER_DATASET, TEACHER
+from train import EVAL_BATCH, PER_DATASET, TEACHER
 from vitad import LAYERS
 from weights.download import ensure_weights
 
 
 @torch.no_grad()
-def patch_tokens(teacher, images, layers, batch_size=32):
+def patch_tokens(teacher, images, layers):
     """uint8 images -> batches {c: their patch tokens, of length 1, (B, P, D)}."""
-    for batch in images.split(batch_size):
+    for batch in images.split(EVAL_BATCH):
         features = teacher(teacher.prepare(batch.to(teacher.mean.device)), layers)
         yield {c: F.normalize(x[:, 1:], dim=-1) for c, x in features.items()}
 
 
-def fill_memory(teacher, images, layers, most, seed=0):
+def fill_memory(teacher, images, layers, most):
     """-> {c: (M, D)}: a random sample of `most` patches of all images, or every patch."""
     patches = teacher.config["grid"] ** 2
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     chosen = torch.zeros(len(images) * patches, dtype=torch.bool)
     chosen[torch.randperm(len(chosen), generator=generator)[:most]] = True
     memory = {c: [] for c in layers}
-    first = 0
-    for tokens in patch_tokens(teacher, images, layers):
+    batches = patch_tokens(teacher, images, layers)
+    for tokens, wanted in zip(batches, chosen.split(EVAL_BATCH * patches), strict=True):
         for c, x in tokens.items():
-            x = x.flatten(0, 1)
-            memory[c].append(x[chosen[first : first + len(x)].to(x.device)])
-        first += len(x)
+            memory[c].append(x.flatten(0, 1)[wanted.to(x.device)])
     return {c: torch.cat(parts) for c, parts in memory.items()}
 
 
@@ -77,10 +74,11 @@ def parse(argv):
     add("--weights", help=f"teacher: a file or a name (default {TEACHER}; demo demo_teacher)")
     add("--memory", type=int, default=20000, metavar="M", help="patches a layer (default 20000)")
     add("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
-    add("--out", type=Path, help="folder for the result (default results/<teacher>)")
+    add("--out", type=Path, help="folder for the result (default results/<teacher, without tag>)")
     args = parser.parse_args(argv)
     runs.check_whole("memory", args.memory, 1)
     args.weights = args.weights or PER_DATASET[args.dataset].get("weights", TEACHER)
+    args.data_root = args.data_root or PER_DATASET[args.dataset].get("data_root")
     return args
 
 
@@ -88,29 +86,31 @@ def parse(argv):
 def main(argv):
     args = parse(argv)
     category = find_category(args.dataset, args.category)
-    root = args.data_root or PER_DATASET[args.dataset].get("data_root")
     device = runs.pick_device(args.device)
     runs.set_tf32("fp32")
     teacher = runs.load_teacher(ensure_weights(args.weights)).to(device)
     runs.check_teacher({"layers": LAYERS, "top_k": 1}, teacher)
-    normal = train_split(args.dataset, root, category, teacher.image_size).images
-    memory = fill_memory(teacher, normal, LAYERS, args.memory)
-    test = test_split(args.dataset, root, category, teacher.image_size)
-    scores = score_images(teacher, test.images, memory)
-    result = {
-        "dataset": args.dataset,
-        "category": category,
-        "auroc": auroc(sum(scores.values()), test.labels),
-        "auroc_of_layer": {str(c): auroc(values, test.labels) for c, values in scores.items()},
-        "memory": len(memory[LAYERS[0]]),
-        "teacher": teacher.metadata.get("name", Path(args.weights).stem),
-        "teacher_sha256": teacher.sha256,
-        **runs.provenance(device),
-    }
-    folder = (args.out or Path(__file__).parent / result["teacher"]) / args.dataset
+    place = (args.dataset, args.data_root, category, teacher.image_size)
+    normal, test = train_split(*place).images, test_split(*place)
+    if len(set(test.labels)) < 2:
+        raise runs.UserError(f"{category}: expected normal and anomalous test images, got one kind")
+    name = teacher.metadata.get("name", Path(args.weights).stem)
+    folder = (args.out or Path(__file__).parent / name.split()[0].split(".")[0]) / args.dataset
     path = folder / f"nearest/{slug(category)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_text(path, json.dumps(result, indent=2) + "\n")
+    with runs.new_folder(path.parent):  # one that cannot be is found out before the work
+        memory = fill_memory(teacher, normal, LAYERS, args.memory)
+        scores = score_images(teacher, test.images, memory)
+        result = {
+            "dataset": args.dataset,
+            "category": category,
+            "auroc": auroc(sum(scores.values()), test.labels),
+            "auroc_of_layer": {str(c): auroc(values, test.labels) for c, values in scores.items()},
+            "memory": len(memory[LAYERS[0]]),
+            "teacher": name,
+            "teacher_sha256": teacher.sha256,
+            **runs.provenance(device),
+        }
+        runs.write_text(path, json.dumps(result, indent=2) + "\n")
     print(f"{category}: {result['auroc']:.2f}, by layer {result['auroc_of_layer']}; {path}")
     if list(folder.glob("*.json")):
         report.report(folder.parent, [])  # the tables with this column

@@ -43,6 +43,8 @@ RESULT = {  # what is read of a result.json, as runs.check_values has it
     "category": str,
     "seed": int,
     "steps": int | None,
+    "auroc": NUMBER,
+    "auroc_score_d": NUMBER,
     "teacher": str | None,
     "teacher_sha256": str,
     "trained": dict,
@@ -139,7 +141,10 @@ def mean_over_categories(by_category, categories, key):
 
 
 def chart(results, nearest=()):
-    """The paper's AUROC and ours per category that has run, and the means -> SVG."""
+    """The paper's AUROC and ours per category that has run, and the means -> SVG.
+
+    None where one of ours is not known.
+    """
     dataset = results[0]["dataset"]
     names = list(dict.fromkeys(r["category"] for r in results))
     names = [c for c in CATEGORIES[dataset] if c in names] or names
@@ -177,7 +182,7 @@ def how_made(results, categories):
                         f"`{made['command']}`",
                         made["commit"],
                         made["device"],
-                        r["versions"]["torch"],
+                        made.get("versions", r["versions"])["torch"],
                         made["date"][:10],
                     ]
                 )
@@ -190,7 +195,9 @@ def read_result(path):
     """The result.json of a run."""
     result = runs.read_json(path, RESULT)
     runs.check_values(path, result["trained"], MADE)
-    runs.check_values(path, result["versions"], {"torch": str})
+    for made in (result, result["trained"]):
+        runs.check_values(path, made, {"versions": dict} if "versions" in made else {})
+        runs.check_values(path, made.get("versions", result["versions"]), {"torch": str})
     numbers = {name: NUMBER for name in COLUMNS.values() if name in result}
     runs.check_values(path, result, numbers)
     return result
@@ -237,9 +244,9 @@ def read_nearest(folder):
 
 
 def of_one_teacher(folder, results):
-    """The results, if they are."""
+    """The results, if all are of one teacher; else a UserError."""
     if len({r["teacher_sha256"] for r in results}) > 1:
-        teachers = sorted({str(r["teacher"]) for r in results})
+        teachers = sorted({f"{r['teacher']} ({r['teacher_sha256'][:8]}...)" for r in results})
         raise UserError(
             f"{folder}: expected the results of one teacher, got {', '.join(teachers)}: "
             f"give each its own --report"

@@ -5,11 +5,11 @@
     python tests/benchmark.py --device cuda      # the GPU table
     python tests/benchmark.py --parts            # where the time of a step goes, 2 minutes
 
-All networks are ViT-B/16 at 224 x 224 with random weights. Each time is the median of repeats that
-alternate between ours and the peer, after one run of each that does not count. The plain baseline
-is the training step as one would first write it: the teacher computed anew in every step, a loop
-over layers, float32, eager, optimiser as it comes. What counts as work: 35 GFLOP a forward and
-image, a backward two forwards.
+Networks are ViT-B/16, with --parts of DeiT-Tiny's size, at 224 x 224 with random weights. Each time
+is the median of repeats that alternate between ours and the peer, after one run of each that does
+not count. The plain baseline is the training step as one would first write it: the teacher computed
+anew in every step, a loop over layers, float32, eager, optimiser as it comes. What counts as work:
+35 GFLOP a forward and image, a backward two forwards.
 """
 
 import platform
@@ -151,7 +151,7 @@ class Ours:
         return {name: x.detach() for name, x in terms.items()}
 
     def outside(self, images):
-        """All of a step but the networks: data, losses and their gradient, as the log reads it."""
+        """A step without the networks: data, losses and their gradient, a loss read for the log."""
         t = self.look_up(images)
         self.model.teacher.prepare(images)
         s = {c: x.detach().requires_grad_() for c, x in t.items()}
@@ -335,7 +335,11 @@ def make_parser():
 @runs.script
 def main(argv):
     args = make_parser().parse_args(argv)
+    for name, least in (("repeats", 1), ("batch", 4)):
+        runs.check_whole(name, getattr(args, name), least)
     device = runs.pick_device(args.device)
+    if "cuda" in device:
+        torch.cuda.set_device(torch.device(device).index or 0)  # whose time and memory are asked
     runs.set_tf32("fp32")
     if args.memory:
         print(memory_of_a_step(device))

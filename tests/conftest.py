@@ -141,7 +141,8 @@ def state():
 
 sys.path.insert(0, {str(ROOT)!r})
 before = state()
-import data, evaluate, runs, train, vitad
+import ablations.run, data, evaluate, results.anatomy, results.nearest, runs, train, vitad
+import weights.train_demo_teacher
 assert state() == before
 """
 # Fixture: the arguments of Python.

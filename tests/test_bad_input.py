@@ -276,6 +276,15 @@ OPTIONS = [
     ("figure", None, "--seeds 0,a", "--seeds: expected ascending numbers ... got '0,a'"),
     ("figure", None, "--epoch x", "--epochs: invalid int value: 'x'"),
     ("figure", None, "--fast", "unrecognized arguments: --fast"),
+    ("figure", None, "--without gram", "--without: expected none, since ViT has its own, got gram"),
+    ("figure", None, "--category pill", "--category: expected none, since ViT has its own, got"),
+    ("figure", None, "--figure 7 --pos-embed learn", "--pos-embed: expected none, since"),
+    (
+        "figure",
+        None,
+        "--figure 3c --cache host",
+        "--cache: expected none, since ResNet has its own",
+    ),
     ("figure", None, "--image-size 0", "--image-size: expected 32 to 2048, got 0"),
     ("figure", None, f"--image-size {MANY}", "--image-size: expected 32 to 2048, got 1000"),
     ("demo teacher", None, "--steps 0", "--steps: expected at least 1, got 0"),
@@ -296,6 +305,7 @@ OPTIONS = [
     ("nearest", cut(TEACHER), "", "teacher.safetensors: expected a safetensors file ... truncated"),
     ("nearest", None, "--data-root nowhere", "nowhere/bottle: expected train/good/*"),
     ("nearest", put(f"{STAIN}/000.png"), "", "000.png: expected an image ... does not decode"),
+    ("nearest", gone(STAIN), "", "bottle: expected normal and anomalous test images, got one kind"),
     ("nearest", None, f"--out {TEACHER}", "teacher.safetensors"),
 ]
 
@@ -759,6 +769,12 @@ RUNS = [
     ),
     ("anatomy", None, "nowhere", "nowhere/config.json: expected a complete run, got none"),
     ("anatomy", None, HALTED, "model.safetensors: expected a complete run, got an unfinished one"),
+    (
+        "anatomy",
+        copy(f"{GOOD}/000.png", f"{GOOD}/new.png"),
+        RUN,
+        "data/bottle: expected the 6 training images of the run, got 7: restore them",
+    ),
     ("evaluate", put(f"{RUN}/log.jsonl", "[]\n"), "", f"{RUN}/log.jsonl: expected the log of a"),
     ("curves", None, "nowhere", "nowhere/config.json: No such file or directory"),
     ("curves", None, "''", "config.json: No such file or directory"),
@@ -778,7 +794,29 @@ RUNS = [
         RUN,
         f"{RUN}/log.jsonl: expected held_out_mean as float, got 'x'",
     ),
+    (
+        "curves",
+        put(
+            f"{RUN}/log.jsonl",
+            '{"step": 1, "held_out_mean": NaN, "held_out": [1.0, 1.0, 1.0, 1.0]}\n',
+        ),
+        RUN,
+        f"{RUN}/log.jsonl: expected the distances of four layers, got",
+    ),
+    (
+        "curves",
+        put(f"{RUN}/log.jsonl", '{"step": 1, "loss": "x", "held_out_mean": 1.0, "held_out": []}\n'),
+        RUN,
+        f"{RUN}/log.jsonl: expected loss as float, got 'x'",
+    ),
     ("curves", in_json(f"{RUN}/config.json", "settings", layers=[3]), RUN, "got 3"),
+    ("curves", in_json(f"{RUN}/config.json", "settings", warmup=None), RUN, "expected warmup as"),
+    (
+        "curves",
+        in_json(f"{RUN}/config.json", "settings", distance="mse"),
+        RUN,
+        f"{RUN}: expected a run with --distance unit ... got mse",
+    ),
     ("curves", put("recipe.csv", "a,b\n1,2\n"), RUN, "recipe.csv: expected the columns teacher"),
     ("curves", cut("recipe.csv", 0.9), RUN, "recipe.csv: expected the columns teacher"),
     ("curves", gone("recipe.csv"), RUN, "recipe.csv: No such file or directory"),
@@ -807,6 +845,12 @@ RESULTS = [
         "a.json: expected dataset ... got",
     ),
     ("evaluate", put("new/folder/a.json"), "--report new", "a.json: expected a JSON object, got"),
+    (
+        "evaluate",
+        in_json(f"{RUN}/result.json", auroc=None),
+        "--report new",
+        "result.json: expected auroc",
+    ),
     *(
         (
             "evaluate",

@@ -408,6 +408,8 @@ def change_tensors(tensors, kind):
         del tensors["blocks.1.attn.qkv.weight"]
     if kind == "list":
         return [torch.zeros(1)]
+    if kind == "meta":  # a shape without values
+        tensors["norm.weight"] = torch.empty(1, device="meta")
     return tensors
 
 
@@ -438,6 +440,7 @@ REFUSED = {
     "ours": "a file that vitad wrote",
     "pickle": "expected a checkpoint of plain tensors",
     "list": "expected a dictionary of tensors, got list",
+    "meta": "expected a dictionary of tensors, got dict",
     "text": "expected a checkpoint of plain tensors",
     "suffix": "got the suffix '.h5'",
     "absent": "no such file",
@@ -458,6 +461,24 @@ def test_refuses_in_one_sentence(tmp_path, kind):
     assert_one_sentence(result, REFUSED[kind], str(path))
     assert not (tmp_path / "executed").exists()
     assert not list(tmp_path.glob("*out.safetensors*"))
+
+
+def test_tensors_may_share_memory(tmp_path):
+    tensors = tiny_vit(**HEAD64).state_dict()
+    tensors["blocks.1.norm1.weight"] = tensors["blocks.0.norm1.weight"]
+    torch.save(dict(tensors), tmp_path / "tied.pth")
+    result = call(convert.main, tmp_path / "tied.pth", *MEAN_AND_STD, cwd=tmp_path)
+    assert result.code == 0, result.err
+
+
+def test_an_error_without_words_has_a_name(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise EOFError
+
+    path = tmp_path / "model.npz"
+    np.savez(path, a=np.zeros(1))
+    monkeypatch.setattr(np, "load", fail)
+    assert_one_sentence(call(convert.main, path, *MEAN_AND_STD), "read as one (EOFError)")
 
 
 def test_does_not_overwrite_the_original(tmp_path):

@@ -204,6 +204,13 @@ def test_32_bits_have_no_known_range(tmp_path, kind):
         data.read_image(path, 8)
 
 
+def test_a_name_that_is_not_utf_8(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.png")
+    Image.fromarray(RAMP).save(path)
+    with pytest.raises(UserError, match="utf-8"):
+        data.read_image(path, 8)
+
+
 def test_transparency_is_laid_on_white(tmp_path):
     pixels = np.zeros((8, 8, 4), dtype=np.uint8)
     pixels[:, 4:, 3] = 255  # the left half is transparent black, the right half opaque black

@@ -367,7 +367,9 @@ def test_wrong_arguments(published, nowhere, tmp_path, monkeypatch):
     publish(published, url=nowhere)
     assert_one_sentence(call(download.main), "name")
     assert_one_sentence(call(download.main, "tinny"), "did you mean tiny?")
-    assert_one_sentence(call(download.main, tmp_path / "a.safetensors"), "got a file", "--weights")
+    assert_one_sentence(
+        call(download.main, tmp_path / "a.safetensors"), "got no such file", "--weights"
+    )
     assert_one_sentence(call(download.main, "tiny"), nowhere, "Connection refused")
 
 

@@ -12,7 +12,7 @@ import evaluate
 import train
 from conftest import ROOT, assert_one_sentence, call, make_category, save_vit, tiny_vit
 from data import CATEGORIES
-from results import anatomy, nearest
+from results import anatomy, curves, nearest
 from results.report import cell, chart, paper, table
 
 FOLDERS = sorted(path for path in (ROOT / "results").glob("*/*/") if list(path.glob("*.json")))
@@ -92,6 +92,20 @@ def test_the_table_has_the_nearest_patch_beside_the_student():
     at = rows["category"].index("nearest patch")
     assert rows["pill"][at] == "93.21" and rows["bottle"][at] == ""
     assert "93.21" not in rows["mean of 2"]  # a mean of both is not known
+
+
+def test_each_command_has_its_own_version_of_torch():
+    before = result_of("bottle", 0, 90.0)
+    assert table([before]).count("| 2.15.0 |") == 2
+    trained = {**before["trained"], "versions": {"torch": "2.14.1"}}
+    text = table([{**before, "trained": trained}])
+    assert text.count("| 2.15.0 |") == 1 and text.count("| 2.14.1 |") == 1
+
+
+def test_a_curve_between_two_powers_of_two_has_ticks():
+    row = dict.fromkeys(curves.COLUMNS, "0") | {"optimizer": "muon", "held_out_mean": "0.5"}
+    chart = curves.draw([{**row, "step": "110"}, {**row, "step": "120"}], "a title")
+    assert ">110</text>" in chart and ">120</text>" in chart
 
 
 def test_nearest_patches_against_a_naive_loop():

@@ -235,9 +235,10 @@ def read(path):
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, ours
     except Exception as error:  # parsers fail on foreign bytes in every way there is
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{path}: expected a checkpoint of plain tensors, got a file that cannot be read as "
-            f"one ({str(error).splitlines()[0]}): download it again"
+            f"one ({reason}): download it again"
         ) from None
 
 
@@ -255,7 +256,8 @@ def read_pickle(path):
         if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
             tensors = tensors[wrapper]
     plain = isinstance(tensors, dict) and all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()
+        isinstance(key, str) and isinstance(value, torch.Tensor) and not value.is_meta
+        for key, value in tensors.items()
     )
     if not plain:
         raise UserError(
@@ -378,7 +380,9 @@ def canonical(tensors):
         done.append(
             f"resampled the position embedding from {math.isqrt(tokens - 1)}^2 to {grid}^2 patches"
         )
-    return {key: value.contiguous() for key, value in tensors.items()}, heads, done
+    # Copies: tensors that share memory cannot be saved.
+    format = torch.contiguous_format
+    return {key: x.clone(memory_format=format) for key, x in tensors.items()}, heads, done
 
 
 def drop_pretraining(tensors):
@@ -439,8 +443,9 @@ def resample_positions(pos_embed, grid):
 
 
 def metadata_of(path, digest, norm_pre, options):
-    """What the tensors do not show: from the options where given, else from KNOWN, never guessed.
+    """What the tensors do not show: from the options where given, else from KNOWN.
 
+    Mean and std are never guessed. The activation is GELU unless something says otherwise.
     options: {"mean", "std", "activation", "heads", "source", "license"}, None where not given.
     """
     name = KNOWN_SHA256.get(digest, path.stem)

@@ -33,7 +33,7 @@ def draw_washer(rng, kind):
     normal, sector, u, v = draw_bolts(rng, plate, r, angle)
     changed = normal
 
-    # The defect. Good washers have a place for it too, so that all use the same random numbers.
+    # The defect. Good washers draw a place for it too.
     place = rng.uniform(0, 2 * np.pi)
     slope = rng.uniform(-0.6, 0.6)
     a = x - 63 * np.cos(place)

@@ -14,7 +14,7 @@ import difflib
 import socket
 import ssl
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -134,15 +134,15 @@ def fetch(name, folder, path):
     """Download a published checkpoint, unless it lies there, and convert it to `path`."""
     published = PUBLISHED[name]
     original = folder / "original" / f"{name}{Path(published.url).suffix}"
-    by_hand = original.is_file()
-    if by_hand:
+    was_there = original.is_file()
+    if was_there:
         check_sha256(original, published)
     else:
         download(original, published)
     try:
         lines = convert_checked(original, path, published)
     except UserError as error:
-        if by_hand:
+        if was_there:
             raise
         original.unlink()
         raise failure(original, published, error) from None
@@ -211,15 +211,9 @@ def check_sizes(path, published, vit):
 
     Where no sha256 is known, this is the only check.
     """
-    got = Published(
-        published.url,
-        vit.sha256,
-        parameters=sum(p.numel() for p in vit.parameters()),
-        width=vit.config["width"],
-        depth=vit.config["depth"],
-        patch=vit.config["patch"],
-    )
-    if sizes_in_words(got) != sizes_in_words(published):
+    sizes = {name: vit.config[name] for name in ("width", "depth", "patch")}
+    got = replace(published, parameters=sum(p.numel() for p in vit.parameters()), **sizes)
+    if got != published:
         raise UserError(
             f"{path}: expected {sizes_in_words(published)}, got {sizes_in_words(got)}: "
             f"remove it and try again"
@@ -240,9 +234,10 @@ def main(argv):
     name = parser.parse_args(argv).name
     path = ensure_weights(name)
     if path == Path(name):
+        got = "a file" if path.is_file() else "no such file"
         raise UserError(
-            f"NAME: expected one of {', '.join(PUBLISHED)}, got a file, {path}: "
-            f"give that to train.py as --weights"
+            f"NAME: expected one of {', '.join(PUBLISHED)}, got {got}, {path}: "
+            f"a file is for train.py's --weights"
         )
     print(f"{path}: ready for --weights")
 
