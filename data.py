@@ -112,9 +112,8 @@ SMALL = {
     "cifar100": OfficialFiles(500, 100, "CIFAR100"),
     "fashion_mnist": OfficialFiles(6000, 1000, "FashionMNIST"),
 }
-READING = (
-    1  # raise it when `read_image` gives other pixels: what the cache holds is then decoded anew
-)
+# Raise it when `read_image` gives other pixels: what the cache holds is then decoded anew.
+READING = 1
 OPENING = threading.Lock()  # of `open_image`: filters of warnings belong to the whole process
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
@@ -203,6 +202,8 @@ def test_split(dataset, root, category, size=224, skip_bad=False):
         reasons = {path: why_unreadable(path) for path in paths}
         skipped = {path: why for path, why in reasons.items() if why}
     paths = [path for path in paths if path not in skipped]
+    for path in paths:
+        check_name(path)
     if not paths:
         raise UserError(f"{folder / 'test'}: expected images that decode, got none")
     labels = [int(path.parent.name != "good") for path in paths]
@@ -217,6 +218,14 @@ def test_split(dataset, root, category, size=224, skip_bad=False):
         masks=read_masks(folder, paths, size),
         files=paths,
     )
+
+
+def check_name(path):
+    """Refuse a name that no result could be written with."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: expected a name in UTF-8, got another: rename it") from None
 
 
 def demo_split(train):
@@ -379,7 +388,6 @@ def open_image(path):
     """Image.open, without its warning of an image above 89 megapixels. 179 are an error."""
     if not path.is_file():
         raise FileNotFoundError("no such file")  # a pipe would be waited for
-    path.name.encode()  # a name that is no UTF-8 could not be written to any result
     with OPENING, warnings.catch_warnings():  # which all threads share
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(path)
@@ -395,14 +403,14 @@ def undecodable(path, error, advice):
 def read_image(path, size):
     """One image file as RGB, uint8 (size, size, 3); in its own size where `size` is None.
 
-    EXIF rotation is applied. 16 bits become their upper 8; 32 bits are refused, since nothing says
-    what their range is. Transparency is laid on white. Grey and palette images become RGB.
+    EXIF rotation is applied. Unsigned 16 bits become their upper 8; 32 bits are refused, since
+    nothing tells their range. Transparency is laid on white. Grey and palette images become RGB.
     """
     try:
         with open_image(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode in ("I", "F"):
-                raise ValueError(f"its pixels have 32 bits, Pillow's mode {image.mode}")
+                raise ValueError(f"Pillow's mode {image.mode}, whose range nothing tells")
             if image.mode.startswith("I;16"):  # grey, which Pillow's conversion would clip
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             if image.has_transparency_data:

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 import runs
-from data import CATEGORIES, SMALL, Split, images_in, read_image, test_split
+from data import CATEGORIES, SMALL, Split, check_name, images_in, read_image, test_split
 from results import pictures, report
 from runs import UserError
 from vitad import FEW, Distillation
@@ -403,6 +403,7 @@ def decode_pictures(files, size, skip_bad):
     """Yields (file, image); a file that does not decode raises, or is skipped and said."""
     for file in files:
         try:
+            check_name(file)
             yield file, read_image(file, size)
         except UserError as error:
             if not skip_bad:

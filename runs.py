@@ -112,8 +112,7 @@ def script(main):
             complain(error)
             return 2
         except RuntimeError as error:
-            on_a_cpu = "can't allocate memory" in str(error)  # for which torch has no class
-            if not (on_a_cpu or isinstance(error, torch.OutOfMemoryError)):
+            if not is_out_of_memory(error):
                 raise
             complain(
                 UserError(
@@ -130,6 +129,11 @@ def script(main):
             return 128 + signal.SIGINT
 
     return wrapped
+
+
+def is_out_of_memory(error):
+    """Whether a RuntimeError of torch's says so: on CUDA it has a class, on a CPU only words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def complain(error):

@@ -1048,7 +1048,9 @@ def train(settings, teacher, device, resume=False, runs_after=0):
             state = training.model.learned_state()
             runs.write_tensors(training.folder / "model.safetensors", state)
             training.checkpoint.unlink(missing_ok=True)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not runs.is_out_of_memory(error):
+            raise
         raise UserError(
             f"{run_folder(settings)}: expected a batch that fits the memory of {device}, got "
             f"--batch-size {settings.batch_size} with --precision {settings.precision}: "

@@ -4,11 +4,11 @@
     python ablations/run.py --figure 4 --categories bottle,pill --seeds 0,1,2
     python ablations/run.py --figure 3b --categories bottle --vgg16 vgg16.safetensors --epochs 8
 
-Any other option is train.py's and holds for all runs of the figure. Refused are --overwrite, and
-what a variant itself sets. The command may be stopped at any time and goes on when it is given
-again: complete runs are not trained again, scored ones not scored again. Figure 5 is made of the
-tables of 3b, 3c and 4 where they are there. Runs lie in <out>/ablations/<variant>/, results in
---results: figure_4.csv, .md and .svg.
+Any other option is train.py's and holds for all runs of the figure. Refused are --overwrite,
+--dataset, --category, --without, --pos-embed, and with a CNN --cache. The command may be stopped at
+any time and goes on when it is given again: complete runs are not trained again, scored ones not
+scored again. Figure 5 is made of the tables of 3b, 3c and 4 where they are there. Runs lie in
+<out>/ablations/<variant>/, results in --results: figure_4.csv, .md and .svg.
 """
 
 import os
@@ -181,7 +181,7 @@ def check_options(figure, request):
             value = getattr(given, option)
             if value != getattr(plain, option):
                 raise UserError(
-                    f"{runs.flag(option)}: expected none, since {name} has its own, got {value}"
+                    f"{runs.flag(option)}: expected none, which is part of {name}, got {value}"
                 )
 
 

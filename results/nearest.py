@@ -74,7 +74,7 @@ def parse(argv):
     add("--weights", help=f"teacher: a file or a name (default {TEACHER}; demo demo_teacher)")
     add("--memory", type=int, default=20000, metavar="M", help="patches a layer (default 20000)")
     add("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
-    add("--out", type=Path, help="folder for the result (default results/<teacher, without tag>)")
+    add("--out", type=Path, help="folder for the result (default results/<teacher>)")
     args = parser.parse_args(argv)
     runs.check_whole("memory", args.memory, 1)
     args.weights = args.weights or PER_DATASET[args.dataset].get("weights", TEACHER)
@@ -95,7 +95,7 @@ def main(argv):
     if len(set(test.labels)) < 2:
         raise runs.UserError(f"{category}: expected normal and anomalous test images, got one kind")
     name = teacher.metadata.get("name", Path(args.weights).stem)
-    folder = (args.out or Path(__file__).parent / name.split()[0].split(".")[0]) / args.dataset
+    folder = (args.out or Path(__file__).parent / name) / args.dataset
     path = folder / f"nearest/{slug(category)}.json"
     with runs.new_folder(path.parent):  # one that cannot be is found out before the work
         memory = fill_memory(teacher, normal, LAYERS, args.memory)

@@ -440,7 +440,7 @@ REFUSED = {
     "ours": "a file that vitad wrote",
     "pickle": "expected a checkpoint of plain tensors",
     "list": "expected a dictionary of tensors, got list",
-    "meta": "expected a dictionary of tensors, got dict",
+    "meta": "expected tensors with values, got norm.weight without",
     "text": "expected a checkpoint of plain tensors",
     "suffix": "got the suffix '.h5'",
     "absent": "no such file",
@@ -467,8 +467,11 @@ def test_tensors_may_share_memory(tmp_path):
     tensors = tiny_vit(**HEAD64).state_dict()
     tensors["blocks.1.norm1.weight"] = tensors["blocks.0.norm1.weight"]
     torch.save(dict(tensors), tmp_path / "tied.pth")
-    result = call(convert.main, tmp_path / "tied.pth", *MEAN_AND_STD, cwd=tmp_path)
+    out = tmp_path / "out.safetensors"
+    result = call(convert.main, tmp_path / "tied.pth", "--out", out, *MEAN_AND_STD)
     assert result.code == 0, result.err
+    blocks = load_vit(out).blocks
+    assert torch.equal(blocks[1].norm1.weight, blocks[0].norm1.weight)
 
 
 def test_an_error_without_words_has_a_name(tmp_path, monkeypatch):

@@ -200,15 +200,19 @@ def test_16_bit_grey_keeps_its_upper_8_bits(tmp_path, suffix):
 def test_32_bits_have_no_known_range(tmp_path, kind):
     path = tmp_path / "image.tif"
     Image.fromarray(RAMP.astype(kind)).save(path)
-    with pytest.raises(UserError, match="its pixels have 32 bits"):
+    with pytest.raises(UserError, match="whose range nothing tells"):
         data.read_image(path, 8)
 
 
-def test_a_name_that_is_not_utf_8(tmp_path):
-    path = tmp_path / os.fsdecode(b"\xff.png")
-    Image.fromarray(RAMP).save(path)
-    with pytest.raises(UserError, match="utf-8"):
-        data.read_image(path, 8)
+def test_names_of_test_images_are_utf_8(tmp_path):
+    """Training writes no names."""
+    odd = os.fsdecode(b"\xff")
+    make_category(tmp_path / "own")
+    (tmp_path / "own/train/good/000.png").rename(tmp_path / f"own/train/good/{odd}.png")
+    assert len(data.train_split("folder", tmp_path / "own", "own").images) == 6
+    (tmp_path / "own/test/stain").rename(tmp_path / f"own/test/{odd}")
+    with pytest.raises(UserError, match="expected a name in UTF-8, got another: rename it"):
+        data.test_split("folder", tmp_path / "own", "own")
 
 
 def test_transparency_is_laid_on_white(tmp_path):

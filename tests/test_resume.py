@@ -37,7 +37,7 @@ def world(tmp_path_factory, own_cache):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forkserver():
+def forkserver(own_cache):
     """A process that imports train.py while the first tests run: `start` forks it."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["train"])
     multiprocessing.forkserver.ensure_running()
@@ -293,9 +293,17 @@ def test_epochs_follow_from_the_steps_and_the_images(world, tmp_path):
     assert config["epochs"] == 134 and config["settings"]["epochs"] is None
 
 
-def test_out_of_memory_is_one_sentence_and_loses_nothing(world, undisturbed, tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=["cuda", "cpu"],
+)
+def test_out_of_memory_is_one_sentence_and_loses_nothing(world, undisturbed, tmp_path, error):
     def no_memory():
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     with pytest.MonkeyPatch.context() as patch:
         act_in_step(patch, 5, no_memory)

@@ -256,14 +256,19 @@ def read_pickle(path):
         if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
             tensors = tensors[wrapper]
     plain = isinstance(tensors, dict) and all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) and not value.is_meta
-        for key, value in tensors.items()
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()
     )
     if not plain:
         raise UserError(
             f"{path}: expected a dictionary of tensors, got {type(tensors).__name__}: "
             f"save the model's state_dict"
         )
+    for key, value in tensors.items():
+        if value.is_meta:
+            raise UserError(
+                f"{path}: expected tensors with values, got {key} without: "
+                f"save the model after its weights are loaded"
+            )
     return {re.sub(r"^(module\.)?(backbone\.)?", "", key): tensors[key] for key in tensors}
 
 
@@ -380,9 +385,9 @@ def canonical(tensors):
         done.append(
             f"resampled the position embedding from {math.isqrt(tokens - 1)}^2 to {grid}^2 patches"
         )
-    # Copies: tensors that share memory cannot be saved.
-    format = torch.contiguous_format
-    return {key: x.clone(memory_format=format) for key, x in tensors.items()}, heads, done
+    # Copies, since tensors that share memory cannot be saved.
+    copies = {key: x.clone(memory_format=torch.contiguous_format) for key, x in tensors.items()}
+    return copies, heads, done
 
 
 def drop_pretraining(tensors):
