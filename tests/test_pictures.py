@@ -25,6 +25,7 @@ from results import curves
 from results.pictures import COLOURS, Gallery, colour, histogram, roc, training_curves
 
 RUN = "runs/folder/own/seed0"
+EPOCHS = 8  # of one step: enough for heat maps that beat chance with any version of torch
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def world(tmp_path_factory, own_cache):
         Image.fromarray((mask * 255).astype(np.uint8)).save(masks / f"{path.stem}_mask.png")
     save_vit(tiny_vit(), folder / "teacher.safetensors")
     command = ("--dataset", "folder", "--data-root", "own", "--weights", "teacher.safetensors")
-    result = call(train.main, *command, "--epochs", 2, cwd=folder)
+    result = call(train.main, *command, "--epochs", EPOCHS, cwd=folder)
     assert result.code == 0, result.err
     # Two images held out tell too little for a threshold. delta is put in the middle of the test
     # images, so that there are both verdicts.
@@ -156,7 +157,7 @@ def test_a_run_with_masks_says_where_the_defects_are(world):
     lines = process.out.splitlines()
     assert lines[-3].split()[-2:] == ["pixels", "AU-PRO"]
     assert lines[-2].split()[-2:] == [f"{result['pixel_auroc']:.2f}", f"{result['au_pro']:.2f}"]
-    assert result["pixel_auroc"] > 55 and 0 <= result["au_pro"] <= 100
+    assert result["pixel_auroc"] > 60 and 0 <= result["au_pro"] <= 100
     assert result["misses_by_kind"] == {"stain": [result["misses"], 5]}
     assert lines[0] == (
         f"own seed 0, delta {result['delta']:.3f}: false alarms {result['false_alarms']} of 4; "
@@ -392,14 +393,14 @@ def test_held_out_distances_go_from_the_log_into_the_table_and_the_chart(world, 
         result = call(curves.main, RUN, "--category", "own", "--teacher", "", cwd=world)
         assert result.code == 0, result.err
     first, *rows = curves.read_table()
-    assert first == old and [row["step"] for row in rows] == ["1", "2"]
+    assert first == old and [int(row["step"]) for row in rows] == [*range(1, EPOCHS + 1)]
     lines = [json.loads(line) for line in (world / RUN / "log.jsonl").read_text().splitlines()]
     for row, line in zip(rows, (line for line in lines if "held_out" in line), strict=True):
         assert float(row["held_out_mean"]) == pytest.approx(line["held_out_mean"], abs=1e-5)
         assert float(row["block9"]) == pytest.approx(line["held_out"][2], abs=1e-5)
     chart = ElementTree.parse(world / "recipe_own.svg").getroot()
     curve = [e.get("points").count(",") for e in chart.iter() if e.tag.endswith("polyline")]
-    assert curve == [1, 2]
+    assert curve == [1, EPOCHS]
     result = call(curves.main, "--category", "bottle", cwd=world)
     assert_one_sentence(result, "expected runs of bottle")
 
