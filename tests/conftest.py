@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import contextlib
 import io
 import json
+import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -145,12 +147,26 @@ import ablations.run, data, evaluate, results.anatomy, results.nearest, runs, tr
 import weights.train_demo_teacher
 assert state() == before
 """
-# Fixture: the arguments of Python.
+COMPILE = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import test_vitad
+test_vitad.compare_compiled_with_eager()
+"""
+
+
+def python(*arguments):
+    """A command for a shell."""
+    return shlex.join([sys.executable, *map(str, arguments)])
+
+
+# Fixture: its command.
 BACKGROUND = {
-    "wrong_category": [ROOT / "ablations/run.py", "--figure", "3c", "--categories", "bottel"],
-    "wrong_teacher": [ROOT / "weights/download.py", "vit_bose_patch16_224"],
-    "demo": [ROOT / "train.py"],
-    "imports": ["-c", IMPORTS],
+    "wrong_category": python(ROOT / "ablations/run.py", "--figure", "3c", "--categories", "bottel"),
+    "wrong_teacher": python(ROOT / "weights/download.py", "vit_bose_patch16_224"),
+    "compiled": python("-c", COMPILE),
+    "imports": python("-c", IMPORTS),
+    "demo": f"{python(ROOT / 'train.py')} && {python(ROOT / 'evaluate.py')}",
 }
 
 
@@ -165,12 +181,18 @@ def background(request, tmp_path_factory):
     for name in BACKGROUND.keys() & needed:
         folder = tmp_path_factory.mktemp(name)
         with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
-            command = ["nice", sys.executable, *map(str, BACKGROUND[name])]
-            process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err)
+            process = subprocess.Popen(
+                ["nice", "sh", "-c", BACKGROUND[name]],
+                cwd=folder,
+                stdout=out,
+                stderr=err,
+                process_group=0,  # which ends as one
+            )
         begun[name] = process, folder
     yield begun
     for process, _ in begun.values():
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -182,11 +204,16 @@ def ended(process, folder):
 
 @pytest.fixture(scope="session")
 def demo(background):
-    """A folder in which the README's first command, train.py, has trained."""
+    """A folder in which the README's first command has trained and scored; its output is `out`."""
     result = ended(*background["demo"])
     assert result.code == 0, result.err
-    assert "teacher demo_teacher (DEMO" in result.out
     return background["demo"][1]
+
+
+@pytest.fixture(scope="session")
+def compiled(background):
+    """Of test_vitad.compare_compiled_with_eager."""
+    return ended(*background["compiled"])
 
 
 @pytest.fixture(scope="session")

@@ -499,10 +499,14 @@ def test_bf16_keeps_weights_losses_and_scores_in_float32():
     assert model.scores(IMAGES)["score"].dtype == torch.float32
 
 
-def test_compiled_losses_are_the_eager_ones():
-    """Compiled to code, and captured as one graph."""
+def test_compiled_losses_are_the_eager_ones(compiled):
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("torch.compile needs a C++ compiler, and there is none")
+    assert compiled.code == 0, compiled.err
+
+
+def compare_compiled_with_eager():
+    """Compiled to code, and captured as one graph. It takes long, and is a process of its own."""
     model = vitad.Distillation(tiny_vit(depth=2), layers=(0, 1))  # fewer blocks compile sooner
     t = learn(model)
     eager = model.loss_terms(IMAGES, t)
