@@ -11,8 +11,9 @@ delta), config.json (settings, teacher, versions, command) and log.jsonl (losses
 the distance on held-out images every epoch, and at the end delta). `python evaluate.py` scores it.
 Only normal training images are read. The last epoch is the result.
 
-The training itself is `Training.loop`. Before it come the settings, the cache of the teacher's
-features, Muon and CUDA's graphs.
+The settings come first, then one run: `train`, and `Training`, whose `loop` is the training itself.
+What a run uses follows: optimisers, a step as one graph of CUDA, the cache of the teacher's
+features, the held-out distance, signals and log. Last come several runs, and `main`.
 """
 
 import os
@@ -243,259 +244,306 @@ def resolve_category(settings):
     return find_category(dataset, "0" if category is None else category)
 
 
-# ----------------------------------------------------------------------------------- several runs
+# ------------------------------------------------------------------------------------------ one run
+
+
+def train(settings, teacher, device, resume=False, runs_after=0):
+    """One run, from the training images to model.safetensors in its folder.
+
+    runs_after: how many more the command has, for the estimate of the time.
+    """
+    runs.set_tf32(settings.precision)
+    try:
+        training = Training(settings, teacher, device, resume)
+        training.build_model()
+        training.open_folder()
+        training.announce()
+        if training.resume:
+            training.continue_from_checkpoint()
+        with StopSignals() as stop, open(training.log_file, "a", 1, "utf-8") as file:
+            progress = Progress(file, training.steps, training.step, runs_after)
+            training.loop(progress, stop)
+            outcome = training.conclude(progress)
+            state = training.model.learned_state()
+            runs.write_tensors(training.folder / "model.safetensors", state)
+            training.checkpoint.unlink(missing_ok=True)
+    except RuntimeError as error:
+        if not runs.is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{run_folder(settings)}: expected a batch that fits the memory of {device}, got "
+            f"--batch-size {settings.batch_size} with --precision {settings.precision}: "
+            f"try a smaller one, bf16 or --eager; the last checkpoint is kept"
+        ) from None
+    next_command = f"python evaluate.py {shlex.quote(str(training.folder))}"
+    print(f"{training.folder}: done; {outcome}; next: {next_command}")
+    if stop.number:  # too late to stop this run; the next one does not begin
+        raise runs.Stopped(stop.number, f"{training.folder}: complete; no other run is begun")
+
+
+class Training:
+    """One run. Its parts in their order: the images, the model, the folder, the loop, delta."""
+
+    def __init__(self, settings, teacher, device, resume):
+        self.settings = settings
+        self.values = dataclasses.asdict(settings)
+        self.teacher = teacher
+        self.device = device
+        self.step = 0
+        self.folder = run_folder(settings)
+        self.checkpoint = self.folder / "checkpoint.safetensors"
+        self.log_file = self.folder / "log.jsonl"
+        self.resume = resume and self.checkpoint.is_file()
+
+        # Images: which to train on, and how often.
+        split = train_split(
+            settings.dataset, settings.data_root, settings.category, teacher.image_size
+        )
+        self.images = split.images
+        self.kept, self.held_out = hold_out(settings, len(self.images))
+        self.steps_per_epoch = math.ceil(len(self.kept) / settings.batch_size)
+        self.epochs = settings.epochs or max(EPOCHS, math.ceil(LEAST_STEPS / self.steps_per_epoch))
+        self.steps = self.epochs * self.steps_per_epoch
+        self.peak = peak_learning_rate(settings, teacher.config["width"])
+        self.resolved = {"images": len(self.images), "epochs": self.epochs, "lr": self.peak}
+
+        # The seed depends on which run this is, not on what ran before.
+        name = f"{settings.dataset}/{settings.category}/{settings.seed}"
+        self.seed = zlib.crc32(name.encode())
+
+    def build_model(self):
+        """Teacher, student, anchor; the teacher's cache; the optimisers."""
+        settings, teacher, device = self.settings, self.teacher, self.device
+        torch.manual_seed(self.seed)
+        without = settings.without.split(",") if settings.without else ()
+        model = runs.build(teacher, self.values, settings.precision, without)
+        self.model = model.to(device)
+        self.cache = TeacherCache(
+            self.model, len(self.images), device, folder=self.folder, place=settings.cache
+        )
+        if self.images.nbytes <= free_bytes("device", device) / 4:
+            self.images = self.images.to(device)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizers = make_optimizers(settings, self.parameters, self.peak, device)
+        self.loss_terms = self.model.loss_terms
+        if settings.compile:
+            self.loss_terms = torch.compile(self.loss_terms, dynamic=False)
+
+    def open_folder(self):
+        """Begin the run's folder, or go on in it: step, model, optimisers and log as they were.
+
+        Whatever can be wrong is found out before the folder changes.
+        """
+        self.made = runs.provenance(self.device)
+        if self.resume:
+            config = runs.config_to_resume(self.folder, self.teacher.sha256)
+            self.step = runs.load_checkpoint(
+                self.checkpoint, self.model, self.optimizers, settings=self.values
+            )
+            if not 0 < self.step <= self.steps:
+                raise UserError(
+                    f"{self.checkpoint}: expected a checkpoint of this run, "
+                    f"got step {self.step} of {self.steps}: --overwrite starts again"
+                )
+            for name, now in self.resolved.items():
+                if config.get(name, now) != now:
+                    raise UserError(
+                        f"{self.folder}: expected to go on with {name} {config[name]}, "
+                        f"got {now}: --overwrite starts again"
+                    )
+            log = [line for step, line in runs.read_log(self.log_file) if step <= self.step]
+            runs.resume_run(self.folder, config, self.made, log)
+            return
+        facts = {
+            "settings": self.values,
+            "teacher": {"sha256": self.teacher.sha256, **self.teacher.metadata},
+        }
+        runs.begin_run(self.folder, {**facts, **self.resolved, **self.made})
+
+    def announce(self):
+        teacher = self.teacher.metadata.get("name", self.settings.weights)
+        megabytes = f"{self.cache.bytes / 1e6:,.0f} MB"
+        print(
+            f"{self.folder}: {len(self.kept)} normal images, {self.epochs} epochs of "
+            f"{self.steps_per_epoch} steps, on {self.made['device']} in {self.settings.precision}, "
+            f"teacher {teacher}, its features ({megabytes}) kept: {self.cache.place}"
+        )
+        for note in self.notes():
+            print(f"note: {note}", file=sys.stderr)
+
+    def notes(self):
+        """What about this run may not be meant, in sentences."""
+        settings, held_out = self.settings, len(self.held_out)
+        if len(settings.layers) == 1 and "gram" not in (settings.without or ""):
+            yield "one layer has no pair, so L_Gram is 0"
+        if settings.warmup > self.steps:
+            yield (
+                f"the run's {self.steps} steps end within --warmup {settings.warmup}: "
+                f"the learning rate does not reach its peak"
+            )
+        if 0 < held_out < FEW:
+            yield (
+                f"{held_out} images held out: delta is a guess, "
+                f"which more normal images would make better"
+            )
+
+    def continue_from_checkpoint(self):
+        """The cache as the first epoch had filled it."""
+        print(f"{self.folder}: continues after step {self.step} of {self.steps}")
+        if self.cache.place != "off":
+            # The same features to the last bit: computed in the batches of the first epoch.
+            size = self.settings.batch_size
+            for _ in self.batches(self.order(1)[: self.step * size], size):
+                pass
+
+    def loop(self, progress, stop):
+        """Eqs. 1 to 6, step by step, from `self.step` on; after a signal it raises Stopped."""
+        settings = self.settings
+        size = settings.batch_size
+        take_step = self.step_by_graph()
+        saved = time.monotonic()
+        for epoch in range(self.step // self.steps_per_epoch + 1, self.epochs + 1):
+            done = self.step % self.steps_per_epoch  # steps of this epoch, if it was interrupted
+
+            # Batch: images, and the teacher's features of them.
+            for images, t in self.batches(self.order(epoch)[done * size :], size):
+                # Learning rate.
+                lr = learning_rate(self.step, self.steps, self.peak, settings)
+                set_learning_rate(self.optimizers, lr)
+
+                # Anchor, Eq. 1. After one epoch the mean is complete; only an EMA goes on.
+                if epoch == 1 or settings.anchor == "ema":
+                    self.model.update_anchor(t)
+
+                # Losses, Eqs. 2 to 6, and the step.
+                terms = take_step(images, t)
+                self.step += 1
+
+                # Log: every ten steps, at an epoch's end, and before stopping.
+                progress.add(terms, len(images))
+                stopping = stop.number  # read once: a later signal waits for the next step
+                epoch_ends = self.step % self.steps_per_epoch == 0
+                if not (self.step % LOG_EVERY == 0 or epoch_ends or stopping):
+                    continue
+                finite = progress.log(epoch, self.step, lr)
+                old_enough = time.monotonic() - saved >= settings.checkpoint_every
+                due = old_enough or stopping is not None
+                self.check_finite(finite, epoch, weights_too=due or self.step == self.steps)
+                if epoch_ends and len(self.held_out):
+                    self.measure(progress, epoch)
+                progress.show(epoch_ends, ended=self.step == self.steps)
+
+                # Checkpoint: when the last one is old enough, and before stopping.
+                if due:
+                    runs.save_checkpoint(
+                        self.checkpoint,
+                        self.model,
+                        self.optimizers,
+                        self.step,
+                        settings=self.values,
+                    )
+                    saved = time.monotonic()
+                if stopping:
+                    at = f"stopped after step {self.step} of {self.steps}"
+                    text = f"{self.folder}: {at}; --resume continues from there"
+                    raise runs.Stopped(stopping, text)
+
+    def order(self, epoch):
+        """The training images in the order of an epoch, which seed and epoch alone decide."""
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return self.kept[torch.randperm(len(self.kept), generator=generator)]
+
+    def batches(self, index, size):
+        """Images by their indices -> batches (uint8 images, the teacher's features)."""
+        for part in index.split(size):
+            at = part.to(self.images.device, non_blocking=True)  # else a GPU's step waits for it
+            images = self.images[at].to(self.device)
+            yield images, self.cache(part, images)
+
+    def step_by_graph(self):
+        """`take_step` as one graph where there is CUDA, or as it is.
+
+        With --deterministic as it is: what a graph does to the bits has not been tested. Not kept
+        in `self`, so that a run's memory is free as soon as it has ended.
+        """
+        settings = self.settings
+        if "cuda" not in self.device or settings.eager or settings.deterministic:
+            return self.take_step
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = torch.tensor(self.peak, device=self.device)
+        return GraphedStep(self.take_step, self.optimizers, settings.batch_size)
+
+    def take_step(self, images, t):
+        """Losses, their gradient, and the optimisers' step; -> the terms of the loss."""
+        # Losses, Eqs. 2 to 6.
+        terms = self.loss_terms(images, t)
+
+        # Step.
+        self.model.zero_grad()
+        terms["loss"].backward()
+        if self.settings.clip_grad:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_grad)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return {name: x.detach() for name, x in terms.items()}
+
+    def check_finite(self, losses_finite, epoch, weights_too):
+        """Before a checkpoint the weights too: a step can break them after its loss was finite."""
+        weights_finite = not weights_too or all(p.isfinite().all() for p in self.parameters)
+        if losses_finite and weights_finite:
+            return
+        kept = "nothing was saved before"
+        if self.checkpoint.exists():
+            kept = f"{self.checkpoint} holds the last good step that was saved"
+        raise UserError(
+            f"{self.folder}: the loss stopped being finite by step {self.step} in epoch {epoch}; "
+            f"{kept}; try --clip-grad 1 or a lower --lr"
+        )
+
+    def measure(self, progress, epoch):
+        """The held-out distance, at an epoch's end."""
+        distances = measure_held_out(self.model, self.batches(self.held_out, EVAL_BATCH))
+        progress.held_out = distances.mean().item()
+        line = {"epoch": epoch, "step": self.step, "held_out_mean": progress.held_out}
+        progress.write({**line, "held_out": distances.tolist()})
+
+    def conclude(self, progress):
+        """delta of Eq. 10, and whether the run was long enough. -> a line that says both."""
+        on_held_out = len(self.held_out) > 0
+        index = self.held_out if on_held_out else self.kept
+        runs.set_tf32("fp32")  # whatever becomes a score is float32; the cache may hold bfloat16
+        self.model.precision = "fp32"
+        on = self.images.device
+        parts = [self.model.compare(self.images[i.to(on)]) for i in index.split(EVAL_BATCH)]
+        diffs = {c: torch.cat([part[c] for part, _ in parts]) for c in self.model.layers}
+        terms_of_s_a = [torch.cat(term) for term in zip(*(t for _, t in parts), strict=True)]
+        scores = self.model.calibrate(diffs, terms_of_s_a)
+        facts = {"step": self.step, "delta": self.model.delta.item(), "images": len(index)}
+        spread = {
+            name: {"mean": x.mean().item(), "std": x.std(correction=0).item()}
+            for name, x in scores.items()
+        }
+        lines = [json.loads(line) for _, line in runs.read_log(self.log_file)]
+        curve = {line["step"]: line["held_out_mean"] for line in lines if "held_out_mean" in line}
+        length = second_half(curve)
+        progress.write({**facts, "on_held_out": on_held_out, **length, **spread})
+
+        verdict = f"score {scores['score'].mean():.2f} on average, delta is {self.model.delta:.2f}"
+        if not on_held_out:
+            return f"the training images {verdict}: too low for new images"
+        if not length:
+            return f"images held out {verdict}"
+        word = "fell" if length["fell"] >= 0 else "rose"
+        fell = f"{word} by {100 * abs(length['fell']):.0f} % over the second half of training"
+        if length["lowest_at"] < self.step:
+            fell += f" and was lowest at step {length['lowest_at']}"
+        return f"images held out {verdict}; their distance to the teacher {fell}"
 
 
 def run_folder(settings):
     category = slug(settings.category)
     return Path(settings.out) / settings.dataset / category / f"seed{settings.seed}"
-
-
-def runs_to_do(settings, seeds, existing):
-    """The Settings of each run of a command, without runs that are complete."""
-    categories = [settings.category]
-    if settings.category == "all" and settings.dataset != "folder":
-        categories = CATEGORIES[settings.dataset]
-    every = [
-        dataclasses.replace(settings, category=category, seed=seed)
-        for seed in seeds
-        for category in categories
-    ]
-    todo = [run for run in every if not nothing_to_do(run, existing)]
-    if todo and settings.dataset in ("mvtec", "folder"):
-        # Say what is missing before anything long begins.
-        root = Path(settings.data_root)
-        there = [(root / category / "train").is_dir() for category in categories]
-        if settings.dataset == "folder" or not any(there):
-            train_files(settings.dataset, settings.data_root, categories[0])
-    return todo
-
-
-def nothing_to_do(settings, existing, begun=None):
-    """Whether a run is complete, and says so.
-
-    begun: when `train_all` began, if this process holds the run's lock, else None. With --overwrite
-    a model that is newer than that was trained by another process of the same command.
-    """
-    folder = run_folder(settings)
-    model = folder / "model.safetensors"
-    if existing == "overwrite":
-        complete = begun is not None and model.is_file() and model.stat().st_mtime >= begun
-    else:
-        values = dataclasses.asdict(settings)
-        complete = runs.is_complete(folder, values, existing, locked=begun is not None)
-    if complete:
-        print(f"{folder}: complete, nothing to do; --overwrite starts it again")
-    return complete
-
-
-def train_all(todo, teacher, device, existing):
-    """Each run in turn. One that fails says why, and does not stop the others.
-
-    A run that another process trains is left to it. At the end it is looked at again: that process
-    may have been killed. -> the folders of those that are still left.
-    """
-    begun = time.time()
-    count = len(todo)
-    failed = []
-    while True:
-        left = []
-        for i, settings in enumerate(todo):
-            folder = run_folder(settings)
-            try:
-                with runs.lock(folder) as ours:
-                    if not ours:
-                        left.append(settings)
-                    elif not nothing_to_do(settings, existing, begun):
-                        resume = existing == "resume"
-                        train(settings, teacher, device, resume, runs_after=len(todo) - 1 - i)
-            except (UserError, OSError) as error:
-                if count == 1:
-                    raise
-                runs.complain(error)
-                failed.append(str(folder))
-        if not left or len(left) == len(todo):
-            break
-        todo = left
-    left = [str(run_folder(settings)) for settings in left]
-    if failed:
-        raise UserError(
-            f"{len(failed)} of {count} runs failed, for the reasons above: {', '.join(failed)}"
-        )
-    return left
-
-
-def set_up(settings):
-    """What holds for the whole process: determinism, the device, and what auto means on it.
-
-    -> (settings, device)
-    """
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.use_deterministic_algorithms(settings.deterministic)
-    device = runs.pick_device(settings.device)
-    if "cuda" in device:
-        torch.cuda.set_device(torch.device(device).index or 0)  # where a graph is recorded
-    if settings.precision == "auto":
-        precision = "bf16" if runs.multiplies_bf16(device) else "fp32"
-        settings = dataclasses.replace(settings, precision=precision)
-    return settings, device
-
-
-@runs.script
-def main(argv):
-    settings, seeds, existing = parse(argv)
-    settings, device = set_up(settings)
-    todo = runs_to_do(settings, seeds, existing)
-    if not todo:
-        return
-    teacher = runs.load_teacher(ensure_weights(settings.weights))
-    runs.check_teacher(dataclasses.asdict(settings), teacher)
-    left = train_all(todo, teacher, device, existing)
-    if left and len(todo) == 1:
-        raise UserError(
-            f"{left[0]}: expected a run that no other process trains, got one that is in use: "
-            f"wait for it, or choose another --out"
-        )
-    if left:
-        print(f"left to other processes, which train them: {', '.join(left)}")
-
-
-# ------------------------------------------------------------------------------ the teacher's cache
-
-
-class TeacherCache:
-    """The teacher's features of the training images.
-
-    They never change: the teacher is frozen and nothing is augmented. The first epoch computes
-    them, later ones look them up. A step then costs as much as three forward passes instead of
-    four, if a backward pass counts as two.
-
-    n x layers x (1 + P) x D values of 4 bytes, or 2 under bf16, are kept in the first of PLACES
-    that leaves half of what is free: the device's memory, the host's, a memory-mapped file in
-    `folder`, or nowhere. `place` forces one.
-    """
-
-    PLACES = ("device", "host", "disk", "off")
-
-    def __init__(self, model, images, device, folder, place=None):
-        config = model.teacher.config
-        self.model = model
-        self.dtype = torch.bfloat16 if model.precision == "bf16" else torch.float32
-        shape = (images, len(model.layers), 1 + config["grid"] ** 2, config["width"])
-        self.bytes = math.prod(shape) * self.dtype.itemsize
-        if place is None:
-            fits = [p for p in self.PLACES if self.bytes <= free_bytes(p, device, folder) / 2]
-            place = fits[0]
-        self.place = place
-        self.known = torch.zeros(images, dtype=torch.bool)
-        if place == "disk":
-            self.store = mapped_tensor(folder, shape, self.dtype)
-        elif place != "off":
-            self.store = torch.empty(
-                shape, dtype=self.dtype, device=device if place == "device" else "cpu"
-            )
-
-    def __call__(self, index, images):
-        """t of `images`, uint8 (B, 3, s, s). `index` (B,), on the CPU: which images they are."""
-        if self.place == "off":
-            features = self.model.teach(images)
-            return {c: x.to(self.dtype).float() for c, x in features.items()}
-        at = index.to(self.store.device, non_blocking=True)
-        if self.known[index].all():
-            t = self.store[at].to(images.device, non_blocking=True)  # (B, layers, 1 + P, D)
-        else:
-            t = torch.stack(list(self.model.teach(images).values()), dim=1).to(self.dtype)
-            self.store[at] = t.to(self.store.device)
-            self.known[index] = True
-        return dict(zip(self.model.layers, t.float().unbind(1), strict=True))
-
-
-def mapped_tensor(folder, shape, dtype):
-    """A tensor in a memory-mapped file. The file has no name, and goes with the process."""
-    size = math.prod(shape)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp") as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash later
-            try:
-                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
-            except OSError as error:
-                error.filename = f"{folder}, --cache disk"
-                raise
-        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
-
-
-def free_bytes(place, device, folder=None):
-    """Free memory of the device, the host, or the disk below `folder`; "off" needs none."""
-    if place == "device":
-        if "cuda" not in device:
-            return 0  # a CPU's memory is the host's
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept  # kept: by torch, from an earlier run
-    if place == "host":
-        return available_memory()
-    if place == "disk":
-        return shutil.disk_usage(folder).free
-    return math.inf
-
-
-def available_memory():
-    """Main memory that is free or would be at once, as Linux has it; elsewhere 8 GiB."""
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return 8 << 30
-
-
-# --------------------------------------------------------------------------- the held-out distance
-
-
-@torch.no_grad()
-def measure_held_out(model, batches):
-    """How far the student still is from the teacher on images held out: (layers,).
-
-    batches: [(images, t), ...]. Per layer the mean of 1 - cosine over the tokens of all images, 0
-    to 2, which means the same for every reading of the norm, optimiser and length.
-    """
-    total = 0
-    n = 0
-    for images, t in batches:
-        s = model.features(model.student, images)
-        distances = [(1 - F.cosine_similarity(t[c], s[c], dim=-1)).mean(dim=1).sum() for c in t]
-        total = total + torch.stack(distances)
-        n += len(images)
-    return total / n
-
-
-def second_half(curve):
-    """{step: held-out distance} -> what it says of the run's length, or {} with fewer than two.
-
-    "fell": by what share the distance fell over the second half of the steps, on straight lines
-    between the epochs' ends. "lowest_at": the step where it was lowest. Before the last step means:
-    since then the student has overfitted.
-    """
-    if len(curve) < 2:
-        return {}
-    last = max(curve)
-    steps = sorted(curve)
-    half = np.interp(last / 2, steps, [curve[step] for step in steps])
-    return {"fell": 1 - curve[last] / float(half), "lowest_at": min(curve, key=curve.get)}
-
-
-# ------------------------------------------------------------------------------------------ one run
-
-
-def learning_rate(step, steps, peak, settings):
-    """Linear warm-up to the peak; then linear or cosine to 0, or constant."""
-    if step < settings.warmup:
-        return peak * (step + 1) / settings.warmup
-    if settings.decay == "constant":
-        return peak
-    left = (steps - step) / (steps - settings.warmup)
-    if settings.decay == "cosine":
-        return peak * 0.5 * (1 - math.cos(math.pi * left))
-    return peak * left
 
 
 def hold_out(settings, n):
@@ -517,6 +565,9 @@ def hold_out(settings, n):
     return kept.sort().values, held_out.sort().values
 
 
+# --------------------------------------------------------------------- learning rate and optimisers
+
+
 def peak_learning_rate(settings, width):
     if settings.lr is not None:
         return settings.lr
@@ -524,6 +575,27 @@ def peak_learning_rate(settings, width):
     if settings.optimizer == "muon":  # a step's largest singular value grows with the root of D
         return MUON_LR * min(1, math.sqrt(192 / width))
     return min(1e-3, 0.192 / width)  # AdamW moves each weight by about the learning rate
+
+
+def learning_rate(step, steps, peak, settings):
+    """Linear warm-up to the peak; then linear or cosine to 0, or constant."""
+    if step < settings.warmup:
+        return peak * (step + 1) / settings.warmup
+    if settings.decay == "constant":
+        return peak
+    left = (steps - step) / (steps - settings.warmup)
+    if settings.decay == "cosine":
+        return peak * 0.5 * (1 - math.cos(math.pi * left))
+    return peak * left
+
+
+def set_learning_rate(optimizers, lr):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if torch.is_tensor(group["lr"]):  # which a graph reads
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
 
 def make_optimizers(settings, parameters, peak, device):
@@ -618,13 +690,7 @@ def orthogonalise_bf16(x, group):
     return (wide.mT if tall else wide).float()
 
 
-def set_learning_rate(optimizers, lr):
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if torch.is_tensor(group["lr"]):  # which a graph reads
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+# ---------------------------------------------------------------------- a step as one graph of CUDA
 
 
 class GraphedStep:
@@ -688,6 +754,131 @@ class GraphedStep:
             self.terms = self.take_step(self.images, self.t)
         for group in groups:
             group["capturable"] = False
+
+
+# ------------------------------------------------------------------------------ the teacher's cache
+
+
+class TeacherCache:
+    """The teacher's features of the training images.
+
+    They never change: the teacher is frozen and nothing is augmented. The first epoch computes
+    them, later ones look them up. A step then costs as much as three forward passes instead of
+    four, if a backward pass counts as two.
+
+    n x layers x (1 + P) x D values of 4 bytes, or 2 under bf16, are kept in the first of PLACES
+    that leaves half of what is free: the device's memory, the host's, a memory-mapped file in
+    `folder`, or nowhere. `place` forces one.
+    """
+
+    PLACES = ("device", "host", "disk", "off")
+
+    def __init__(self, model, images, device, folder, place=None):
+        config = model.teacher.config
+        self.model = model
+        self.dtype = torch.bfloat16 if model.precision == "bf16" else torch.float32
+        shape = (images, len(model.layers), 1 + config["grid"] ** 2, config["width"])
+        self.bytes = math.prod(shape) * self.dtype.itemsize
+        if place is None:
+            fits = [p for p in self.PLACES if self.bytes <= free_bytes(p, device, folder) / 2]
+            place = fits[0]
+        self.place = place
+        self.known = torch.zeros(images, dtype=torch.bool)
+        if place == "disk":
+            self.store = mapped_tensor(folder, shape, self.dtype)
+        elif place != "off":
+            self.store = torch.empty(
+                shape, dtype=self.dtype, device=device if place == "device" else "cpu"
+            )
+
+    def __call__(self, index, images):
+        """t of `images`, uint8 (B, 3, s, s). `index` (B,), on the CPU: which images they are."""
+        if self.place == "off":
+            features = self.model.teach(images)
+            return {c: x.to(self.dtype).float() for c, x in features.items()}
+        at = index.to(self.store.device, non_blocking=True)
+        if self.known[index].all():
+            t = self.store[at].to(images.device, non_blocking=True)  # (B, layers, 1 + P, D)
+        else:
+            t = torch.stack(list(self.model.teach(images).values()), dim=1).to(self.dtype)
+            self.store[at] = t.to(self.store.device)
+            self.known[index] = True
+        return dict(zip(self.model.layers, t.float().unbind(1), strict=True))
+
+
+def mapped_tensor(folder, shape, dtype):
+    """A tensor in a memory-mapped file. The file has no name, and goes with the process."""
+    size = math.prod(shape)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp") as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash later
+            try:
+                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+            except OSError as error:
+                error.filename = f"{folder}, --cache disk"
+                raise
+        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
+
+
+def free_bytes(place, device, folder=None):
+    """Free memory of the device, the host, or the disk below `folder`; "off" needs none."""
+    if place == "device":
+        if "cuda" not in device:
+            return 0  # a CPU's memory is the host's
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept  # kept: by torch, from an earlier run
+    if place == "host":
+        return available_memory()
+    if place == "disk":
+        return shutil.disk_usage(folder).free
+    return math.inf
+
+
+def available_memory():
+    """Main memory that is free or would be at once, as Linux has it; elsewhere 8 GiB."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 8 << 30
+
+
+# ---------------------------------------------------------------------------- the held-out distance
+
+
+@torch.no_grad()
+def measure_held_out(model, batches):
+    """How far the student still is from the teacher on images held out: (layers,).
+
+    batches: [(images, t), ...]. Per layer the mean of 1 - cosine over the tokens of all images, 0
+    to 2, which means the same for every reading of the norm, optimiser and length.
+    """
+    total = 0
+    n = 0
+    for images, t in batches:
+        s = model.features(model.student, images)
+        distances = [(1 - F.cosine_similarity(t[c], s[c], dim=-1)).mean(dim=1).sum() for c in t]
+        total = total + torch.stack(distances)
+        n += len(images)
+    return total / n
+
+
+def second_half(curve):
+    """{step: held-out distance} -> what it says of the run's length, or {} with fewer than two.
+
+    "fell": by what share the distance fell over the second half of the steps, on straight lines
+    between the epochs' ends. "lowest_at": the step where it was lowest. Before the last step means:
+    since then the student has overfitted.
+    """
+    if len(curve) < 2:
+        return {}
+    last = max(curve)
+    steps = sorted(curve)
+    half = np.interp(last / 2, steps, [curve[step] for step in steps])
+    return {"fell": 1 - curve[last] / float(half), "lowest_at": min(curve, key=curve.get)}
+
+
+# ---------------------------------------------------------------------------------- signals and log
 
 
 class StopSignals:
@@ -768,298 +959,117 @@ class Progress:
         self.file.write(json.dumps(values) + "\n")
 
 
-class Training:
-    """One run. Its parts in their order: the images, the model, the folder, the loop, delta."""
-
-    def __init__(self, settings, teacher, device, resume):
-        self.settings = settings
-        self.values = dataclasses.asdict(settings)
-        self.teacher = teacher
-        self.device = device
-        self.step = 0
-        self.folder = run_folder(settings)
-        self.checkpoint = self.folder / "checkpoint.safetensors"
-        self.log_file = self.folder / "log.jsonl"
-        self.resume = resume and self.checkpoint.is_file()
-
-        # Images: which to train on, and how often.
-        split = train_split(
-            settings.dataset, settings.data_root, settings.category, teacher.image_size
-        )
-        self.images = split.images
-        self.kept, self.held_out = hold_out(settings, len(self.images))
-        self.steps_per_epoch = math.ceil(len(self.kept) / settings.batch_size)
-        self.epochs = settings.epochs or max(EPOCHS, math.ceil(LEAST_STEPS / self.steps_per_epoch))
-        self.steps = self.epochs * self.steps_per_epoch
-        self.peak = peak_learning_rate(settings, teacher.config["width"])
-        self.resolved = {"images": len(self.images), "epochs": self.epochs, "lr": self.peak}
-
-        # The seed depends on which run this is, not on what ran before.
-        name = f"{settings.dataset}/{settings.category}/{settings.seed}"
-        self.seed = zlib.crc32(name.encode())
-
-    def open_folder(self):
-        """Begin the run's folder, or go on in it: step, model, optimisers and log as they were.
-
-        Whatever can be wrong is found out before the folder changes.
-        """
-        self.made = runs.provenance(self.device)
-        if self.resume:
-            config = runs.config_to_resume(self.folder, self.teacher.sha256)
-            self.step = runs.load_checkpoint(
-                self.checkpoint, self.model, self.optimizers, settings=self.values
-            )
-            if not 0 < self.step <= self.steps:
-                raise UserError(
-                    f"{self.checkpoint}: expected a checkpoint of this run, "
-                    f"got step {self.step} of {self.steps}: --overwrite starts again"
-                )
-            for name, now in self.resolved.items():
-                if config.get(name, now) != now:
-                    raise UserError(
-                        f"{self.folder}: expected to go on with {name} {config[name]}, "
-                        f"got {now}: --overwrite starts again"
-                    )
-            log = [line for step, line in runs.read_log(self.log_file) if step <= self.step]
-            runs.resume_run(self.folder, config, self.made, log)
-            return
-        facts = {
-            "settings": self.values,
-            "teacher": {"sha256": self.teacher.sha256, **self.teacher.metadata},
-        }
-        runs.begin_run(self.folder, {**facts, **self.resolved, **self.made})
-
-    def build_model(self):
-        """Teacher, student, anchor; the teacher's cache; the optimisers."""
-        settings, teacher, device = self.settings, self.teacher, self.device
-        torch.manual_seed(self.seed)
-        without = settings.without.split(",") if settings.without else ()
-        model = runs.build(teacher, self.values, settings.precision, without)
-        self.model = model.to(device)
-        self.cache = TeacherCache(
-            self.model, len(self.images), device, folder=self.folder, place=settings.cache
-        )
-        if self.images.nbytes <= free_bytes("device", device) / 4:
-            self.images = self.images.to(device)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizers = make_optimizers(settings, self.parameters, self.peak, device)
-        self.loss_terms = self.model.loss_terms
-        if settings.compile:
-            self.loss_terms = torch.compile(self.loss_terms, dynamic=False)
-
-    def order(self, epoch):
-        """The training images in the order of an epoch, which seed and epoch alone decide."""
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        return self.kept[torch.randperm(len(self.kept), generator=generator)]
-
-    def batches(self, index, size):
-        """Images by their indices -> batches (uint8 images, the teacher's features)."""
-        for part in index.split(size):
-            at = part.to(self.images.device, non_blocking=True)  # else a GPU's step waits for it
-            images = self.images[at].to(self.device)
-            yield images, self.cache(part, images)
-
-    def announce(self):
-        teacher = self.teacher.metadata.get("name", self.settings.weights)
-        megabytes = f"{self.cache.bytes / 1e6:,.0f} MB"
-        print(
-            f"{self.folder}: {len(self.kept)} normal images, {self.epochs} epochs of "
-            f"{self.steps_per_epoch} steps, on {self.made['device']} in {self.settings.precision}, "
-            f"teacher {teacher}, its features ({megabytes}) kept: {self.cache.place}"
-        )
-        for note in self.notes():
-            print(f"note: {note}", file=sys.stderr)
-
-    def notes(self):
-        """What about this run may not be meant, in sentences."""
-        settings, held_out = self.settings, len(self.held_out)
-        if len(settings.layers) == 1 and "gram" not in (settings.without or ""):
-            yield "one layer has no pair, so L_Gram is 0"
-        if settings.warmup > self.steps:
-            yield (
-                f"the run's {self.steps} steps end within --warmup {settings.warmup}: "
-                f"the learning rate does not reach its peak"
-            )
-        if 0 < held_out < FEW:
-            yield (
-                f"{held_out} images held out: delta is a guess, "
-                f"which more normal images would make better"
-            )
-
-    def continue_from_checkpoint(self):
-        """The cache as the first epoch had filled it."""
-        print(f"{self.folder}: continues after step {self.step} of {self.steps}")
-        if self.cache.place != "off":
-            # The same features to the last bit: computed in the batches of the first epoch.
-            size = self.settings.batch_size
-            for _ in self.batches(self.order(1)[: self.step * size], size):
-                pass
-
-    def take_step(self, images, t):
-        """Losses, their gradient, and the optimisers' step; -> the terms of the loss."""
-        # Losses, Eqs. 2 to 6.
-        terms = self.loss_terms(images, t)
-
-        # Step.
-        self.model.zero_grad()
-        terms["loss"].backward()
-        if self.settings.clip_grad:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_grad)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        return {name: x.detach() for name, x in terms.items()}
-
-    def step_by_graph(self):
-        """`take_step` as one graph where there is CUDA, or as it is.
-
-        With --deterministic as it is: what a graph does to the bits has not been tested. Not kept
-        in `self`, so that a run's memory is free as soon as it has ended.
-        """
-        settings = self.settings
-        if "cuda" not in self.device or settings.eager or settings.deterministic:
-            return self.take_step
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = torch.tensor(self.peak, device=self.device)
-        return GraphedStep(self.take_step, self.optimizers, settings.batch_size)
-
-    def loop(self, progress, stop):
-        """Eqs. 1 to 6, step by step, from `self.step` on; after a signal it raises Stopped."""
-        settings = self.settings
-        size = settings.batch_size
-        take_step = self.step_by_graph()
-        saved = time.monotonic()
-        for epoch in range(self.step // self.steps_per_epoch + 1, self.epochs + 1):
-            done = self.step % self.steps_per_epoch  # steps of this epoch, if it was interrupted
-
-            # Batch: images, and the teacher's features of them.
-            for images, t in self.batches(self.order(epoch)[done * size :], size):
-                # Learning rate.
-                lr = learning_rate(self.step, self.steps, self.peak, settings)
-                set_learning_rate(self.optimizers, lr)
-
-                # Anchor, Eq. 1. After one epoch the mean is complete; only an EMA goes on.
-                if epoch == 1 or settings.anchor == "ema":
-                    self.model.update_anchor(t)
-
-                # Losses, Eqs. 2 to 6, and the step.
-                terms = take_step(images, t)
-                self.step += 1
-
-                # Log: every ten steps, at an epoch's end, and before stopping.
-                progress.add(terms, len(images))
-                stopping = stop.number  # read once: a later signal waits for the next step
-                epoch_ends = self.step % self.steps_per_epoch == 0
-                if not (self.step % LOG_EVERY == 0 or epoch_ends or stopping):
-                    continue
-                finite = progress.log(epoch, self.step, lr)
-                old_enough = time.monotonic() - saved >= settings.checkpoint_every
-                due = old_enough or stopping is not None
-                self.check_finite(finite, epoch, weights_too=due or self.step == self.steps)
-                if epoch_ends and len(self.held_out):
-                    self.measure(progress, epoch)
-                progress.show(epoch_ends, ended=self.step == self.steps)
-
-                # Checkpoint: when the last one is old enough, and before stopping.
-                if due:
-                    runs.save_checkpoint(
-                        self.checkpoint,
-                        self.model,
-                        self.optimizers,
-                        self.step,
-                        settings=self.values,
-                    )
-                    saved = time.monotonic()
-                if stopping:
-                    at = f"stopped after step {self.step} of {self.steps}"
-                    text = f"{self.folder}: {at}; --resume continues from there"
-                    raise runs.Stopped(stopping, text)
-
-    def check_finite(self, losses_finite, epoch, weights_too):
-        """Before a checkpoint the weights too: a step can break them after its loss was finite."""
-        weights_finite = not weights_too or all(p.isfinite().all() for p in self.parameters)
-        if losses_finite and weights_finite:
-            return
-        kept = "nothing was saved before"
-        if self.checkpoint.exists():
-            kept = f"{self.checkpoint} holds the last good step that was saved"
-        raise UserError(
-            f"{self.folder}: the loss stopped being finite by step {self.step} in epoch {epoch}; "
-            f"{kept}; try --clip-grad 1 or a lower --lr"
-        )
-
-    def measure(self, progress, epoch):
-        """The held-out distance, at an epoch's end."""
-        distances = measure_held_out(self.model, self.batches(self.held_out, EVAL_BATCH))
-        progress.held_out = distances.mean().item()
-        line = {"epoch": epoch, "step": self.step, "held_out_mean": progress.held_out}
-        progress.write({**line, "held_out": distances.tolist()})
-
-    def conclude(self, progress):
-        """delta of Eq. 10, and whether the run was long enough. -> a line that says both."""
-        on_held_out = len(self.held_out) > 0
-        index = self.held_out if on_held_out else self.kept
-        runs.set_tf32("fp32")  # whatever becomes a score is float32; the cache may hold bfloat16
-        self.model.precision = "fp32"
-        on = self.images.device
-        parts = [self.model.compare(self.images[i.to(on)]) for i in index.split(EVAL_BATCH)]
-        diffs = {c: torch.cat([part[c] for part, _ in parts]) for c in self.model.layers}
-        terms_of_s_a = [torch.cat(term) for term in zip(*(t for _, t in parts), strict=True)]
-        scores = self.model.calibrate(diffs, terms_of_s_a)
-        facts = {"step": self.step, "delta": self.model.delta.item(), "images": len(index)}
-        spread = {
-            name: {"mean": x.mean().item(), "std": x.std(correction=0).item()}
-            for name, x in scores.items()
-        }
-        lines = [json.loads(line) for _, line in runs.read_log(self.log_file)]
-        curve = {line["step"]: line["held_out_mean"] for line in lines if "held_out_mean" in line}
-        length = second_half(curve)
-        progress.write({**facts, "on_held_out": on_held_out, **length, **spread})
-
-        verdict = f"score {scores['score'].mean():.2f} on average, delta is {self.model.delta:.2f}"
-        if not on_held_out:
-            return f"the training images {verdict}: too low for new images"
-        if not length:
-            return f"images held out {verdict}"
-        word = "fell" if length["fell"] >= 0 else "rose"
-        fell = f"{word} by {100 * abs(length['fell']):.0f} % over the second half of training"
-        if length["lowest_at"] < self.step:
-            fell += f" and was lowest at step {length['lowest_at']}"
-        return f"images held out {verdict}; their distance to the teacher {fell}"
+# ------------------------------------------------------------------------------------- several runs
 
 
-def train(settings, teacher, device, resume=False, runs_after=0):
-    """One run, from the training images to model.safetensors in its folder.
+def set_up(settings):
+    """What holds for the whole process: determinism, the device, and what auto means on it.
 
-    runs_after: how many more the command has, for the estimate of the time.
+    -> (settings, device)
     """
-    runs.set_tf32(settings.precision)
-    try:
-        training = Training(settings, teacher, device, resume)
-        training.build_model()
-        training.open_folder()
-        training.announce()
-        if training.resume:
-            training.continue_from_checkpoint()
-        with StopSignals() as stop, open(training.log_file, "a", 1, "utf-8") as file:
-            progress = Progress(file, training.steps, training.step, runs_after)
-            training.loop(progress, stop)
-            outcome = training.conclude(progress)
-            state = training.model.learned_state()
-            runs.write_tensors(training.folder / "model.safetensors", state)
-            training.checkpoint.unlink(missing_ok=True)
-    except RuntimeError as error:
-        if not runs.is_out_of_memory(error):
-            raise
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(settings.deterministic)
+    device = runs.pick_device(settings.device)
+    if "cuda" in device:
+        torch.cuda.set_device(torch.device(device).index or 0)  # where a graph is recorded
+    if settings.precision == "auto":
+        precision = "bf16" if runs.multiplies_bf16(device) else "fp32"
+        settings = dataclasses.replace(settings, precision=precision)
+    return settings, device
+
+
+def runs_to_do(settings, seeds, existing):
+    """The Settings of each run of a command, without runs that are complete."""
+    categories = [settings.category]
+    if settings.category == "all" and settings.dataset != "folder":
+        categories = CATEGORIES[settings.dataset]
+    every = [
+        dataclasses.replace(settings, category=category, seed=seed)
+        for seed in seeds
+        for category in categories
+    ]
+    todo = [run for run in every if not nothing_to_do(run, existing)]
+    if todo and settings.dataset in ("mvtec", "folder"):
+        # Say what is missing before anything long begins.
+        root = Path(settings.data_root)
+        there = [(root / category / "train").is_dir() for category in categories]
+        if settings.dataset == "folder" or not any(there):
+            train_files(settings.dataset, settings.data_root, categories[0])
+    return todo
+
+
+def nothing_to_do(settings, existing, begun=None):
+    """Whether a run is complete, and says so.
+
+    begun: when `train_all` began, if this process holds the run's lock, else None. With --overwrite
+    a model that is newer than that was trained by another process of the same command.
+    """
+    folder = run_folder(settings)
+    model = folder / "model.safetensors"
+    if existing == "overwrite":
+        complete = begun is not None and model.is_file() and model.stat().st_mtime >= begun
+    else:
+        values = dataclasses.asdict(settings)
+        complete = runs.is_complete(folder, values, existing, locked=begun is not None)
+    if complete:
+        print(f"{folder}: complete, nothing to do; --overwrite starts it again")
+    return complete
+
+
+def train_all(todo, teacher, device, existing):
+    """Each run in turn. One that fails says why, and does not stop the others.
+
+    A run that another process trains is left to it. At the end it is looked at again: that process
+    may have been killed. -> the folders of those that are still left.
+    """
+    begun = time.time()
+    count = len(todo)
+    failed = []
+    while True:
+        left = []
+        for i, settings in enumerate(todo):
+            folder = run_folder(settings)
+            try:
+                with runs.lock(folder) as ours:
+                    if not ours:
+                        left.append(settings)
+                    elif not nothing_to_do(settings, existing, begun):
+                        resume = existing == "resume"
+                        train(settings, teacher, device, resume, runs_after=len(todo) - 1 - i)
+            except (UserError, OSError) as error:
+                if count == 1:
+                    raise
+                runs.complain(error)
+                failed.append(str(folder))
+        if not left or len(left) == len(todo):
+            break
+        todo = left
+    left = [str(run_folder(settings)) for settings in left]
+    if failed:
         raise UserError(
-            f"{run_folder(settings)}: expected a batch that fits the memory of {device}, got "
-            f"--batch-size {settings.batch_size} with --precision {settings.precision}: "
-            f"try a smaller one, bf16 or --eager; the last checkpoint is kept"
-        ) from None
-    next_command = f"python evaluate.py {shlex.quote(str(training.folder))}"
-    print(f"{training.folder}: done; {outcome}; next: {next_command}")
-    if stop.number:  # too late to stop this run; the next one does not begin
-        raise runs.Stopped(stop.number, f"{training.folder}: complete; no other run is begun")
+            f"{len(failed)} of {count} runs failed, for the reasons above: {', '.join(failed)}"
+        )
+    return left
+
+
+@runs.script
+def main(argv):
+    settings, seeds, existing = parse(argv)
+    settings, device = set_up(settings)
+    todo = runs_to_do(settings, seeds, existing)
+    if not todo:
+        return
+    teacher = runs.load_teacher(ensure_weights(settings.weights))
+    runs.check_teacher(dataclasses.asdict(settings), teacher)
+    left = train_all(todo, teacher, device, existing)
+    if left and len(todo) == 1:
+        raise UserError(
+            f"{left[0]}: expected a run that no other process trains, got one that is in use: "
+            f"wait for it, or choose another --out"
+        )
+    if left:
+        print(f"left to other processes, which train them: {', '.join(left)}")
 
 
 if __name__ == "__main__":
