@@ -53,6 +53,7 @@ LEAST_STEPS = 400  # for which few images need more epochs
 MUON_LR = 0.008  # up to DeiT-Tiny's width of 192
 LOG_EVERY = 10  # steps between lines of the log
 EVAL_BATCH = 32  # images at a time without gradient
+PLACES = ["device", "host", "disk", "off"]  # of the teacher's features
 
 # ----------------------------------------------------------------------------------------- settings
 
@@ -87,7 +88,8 @@ def option(default, text, choices=None):
 class Settings:
     """Every setting of a run. Each is an option of the command line.
 
-    None means: `parse` fills it in by data set and optimiser, or the run finds it out later.
+    None means: `parse` fills it in by data set and optimiser, or the run finds it out later. What
+    the precision "auto" is, `set_up` decides.
     """
 
     dataset: str = option("demo", "a protocol, your own pictures, or the demo", list(PER_DATASET))
@@ -145,9 +147,7 @@ class Settings:
         False, "the same bits every time on CUDA too, at a fraction of the speed"
     )
     cache: str = option(
-        None,
-        "where the teacher's features are kept (default the first with room)",
-        ["device", "host", "disk", "off"],
+        None, "where the teacher's features are kept (default the first with room)", PLACES
     )
 
 
@@ -247,19 +247,19 @@ def resolve_category(settings):
 # ------------------------------------------------------------------------------------------ one run
 
 
-def train(settings, teacher, device, resume=False, runs_after=0):
+def train(settings, teacher, device, resume, runs_after):
     """One run, from the training images to model.safetensors in its folder.
 
     runs_after: how many more the command has, for the estimate of the time.
     """
-    runs.set_tf32(settings.precision)
+    runs.set_tf32(settings.precision)  # for each run: the one before ended in float32
     try:
         training = Training(settings, teacher, device, resume)
         training.build_model()
         training.open_folder()
         training.announce()
         if training.resume:
-            training.continue_from_checkpoint()
+            training.refill_cache()
         with StopSignals() as stop, open(training.log_file, "a", 1, "utf-8") as file:
             progress = Progress(file, training.steps, training.step, runs_after)
             training.loop(progress, stop)
@@ -273,7 +273,7 @@ def train(settings, teacher, device, resume=False, runs_after=0):
         raise UserError(
             f"{run_folder(settings)}: expected a batch that fits the memory of {device}, got "
             f"--batch-size {settings.batch_size} with --precision {settings.precision}: "
-            f"try a smaller one, bf16 or --eager; the last checkpoint is kept"
+            f"try a smaller one, bf16 or --eager; what was saved is kept"
         ) from None
     next_command = f"python evaluate.py {shlex.quote(str(training.folder))}"
     print(f"{training.folder}: done; {outcome}; next: {next_command}")
@@ -321,7 +321,7 @@ class Training:
         self.cache = TeacherCache(
             self.model, len(self.images), device, folder=self.folder, place=settings.cache
         )
-        if self.images.nbytes <= free_bytes("device", device) / 4:
+        if self.images.nbytes <= free_bytes("device", device) / 4:  # the step needs the rest
             self.images = self.images.to(device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(settings, self.parameters, self.peak, device)
@@ -370,10 +370,12 @@ class Training:
         )
         for note in self.notes():
             print(f"note: {note}", file=sys.stderr)
+        if self.resume:
+            print(f"{self.folder}: continues after step {self.step} of {self.steps}")
 
     def notes(self):
         """What about this run may not be meant, in sentences."""
-        settings, held_out = self.settings, len(self.held_out)
+        settings, count = self.settings, len(self.held_out)
         if len(settings.layers) == 1 and "gram" not in (settings.without or ""):
             yield "one layer has no pair, so L_Gram is 0"
         if settings.warmup > self.steps:
@@ -381,15 +383,14 @@ class Training:
                 f"the run's {self.steps} steps end within --warmup {settings.warmup}: "
                 f"the learning rate does not reach its peak"
             )
-        if 0 < held_out < FEW:
+        if 0 < count < FEW:
             yield (
-                f"{held_out} images held out: delta is a guess, "
+                f"{count} images held out: delta is a guess, "
                 f"which more normal images would make better"
             )
 
-    def continue_from_checkpoint(self):
-        """The cache as the first epoch had filled it."""
-        print(f"{self.folder}: continues after step {self.step} of {self.steps}")
+    def refill_cache(self):
+        """The cache as the first epoch had filled it, for a run that goes on."""
         if self.cache.place != "off":
             # The same features to the last bit: computed in the batches of the first epoch.
             size = self.settings.batch_size
@@ -397,7 +398,10 @@ class Training:
                 pass
 
     def loop(self, progress, stop):
-        """Eqs. 1 to 6, step by step, from `self.step` on; after a signal it raises Stopped."""
+        """Eqs. 1 to 6, step by step, from `self.step` on; after a signal it raises Stopped.
+
+        progress, stop: see `Progress` and `StopSignals`, below.
+        """
         settings = self.settings
         size = settings.batch_size
         take_step = self.step_by_graph()
@@ -426,12 +430,15 @@ class Training:
                 if not (self.step % LOG_EVERY == 0 or epoch_ends or stopping):
                     continue
                 finite = progress.log(epoch, self.step, lr)
-                old_enough = time.monotonic() - saved >= settings.checkpoint_every
-                due = old_enough or stopping is not None
-                self.check_finite(finite, epoch, weights_too=due or self.step == self.steps)
+                due = stopping or time.monotonic() - saved >= settings.checkpoint_every
+                ended = self.step == self.steps
+                if due or ended:  # the weights too: a step can break them after a finite loss
+                    finite = finite and all(p.isfinite().all() for p in self.parameters)
+                if not finite:
+                    raise self.not_finite(epoch)
                 if epoch_ends and len(self.held_out):
                     self.measure(progress, epoch)
-                progress.show(epoch_ends, ended=self.step == self.steps)
+                progress.show(epoch_ends, ended)
 
                 # Checkpoint: when the last one is old enough, and before stopping.
                 if due:
@@ -456,15 +463,19 @@ class Training:
     def batches(self, index, size):
         """Images by their indices -> batches (uint8 images, the teacher's features)."""
         for part in index.split(size):
-            at = part.to(self.images.device, non_blocking=True)  # else a GPU's step waits for it
-            images = self.images[at].to(self.device)
+            images = self.pictures(part)
             yield images, self.cache(part, images)
+
+    def pictures(self, index):
+        """Images by their indices, on the device."""
+        at = index.to(self.images.device, non_blocking=True)  # else a GPU's step waits for it
+        return self.images[at].to(self.device)
 
     def step_by_graph(self):
         """`take_step` as one graph where there is CUDA, or as it is.
 
         With --deterministic as it is: what a graph does to the bits has not been tested. Not kept
-        in `self`, so that a run's memory is free as soon as it has ended.
+        in `self`, to which it refers: without that cycle a run's memory is free once it has ended.
         """
         settings = self.settings
         if "cuda" not in self.device or settings.eager or settings.deterministic:
@@ -488,25 +499,28 @@ class Training:
             optimizer.step()
         return {name: x.detach() for name, x in terms.items()}
 
-    def check_finite(self, losses_finite, epoch, weights_too):
-        """Before a checkpoint the weights too: a step can break them after its loss was finite."""
-        weights_finite = not weights_too or all(p.isfinite().all() for p in self.parameters)
-        if losses_finite and weights_finite:
-            return
-        kept = "nothing was saved before"
+    def not_finite(self, epoch):
+        """The error for a run whose loss or weights are infinite or not numbers."""
+        saved = "nothing was saved before"
         if self.checkpoint.exists():
-            kept = f"{self.checkpoint} holds the last good step that was saved"
-        raise UserError(
+            saved = f"{self.checkpoint} holds the last good step that was saved"
+        return UserError(
             f"{self.folder}: the loss stopped being finite by step {self.step} in epoch {epoch}; "
-            f"{kept}; try --clip-grad 1 or a lower --lr"
+            f"{saved}; try --clip-grad 1 or a lower --lr"
         )
 
     def measure(self, progress, epoch):
         """The held-out distance, at an epoch's end."""
         distances = measure_held_out(self.model, self.batches(self.held_out, EVAL_BATCH))
-        progress.held_out = distances.mean().item()
-        line = {"epoch": epoch, "step": self.step, "held_out_mean": progress.held_out}
-        progress.write({**line, "held_out": distances.tolist()})
+        progress.distance = distances.mean().item()
+        progress.write(
+            {
+                "epoch": epoch,
+                "step": self.step,
+                "held_out_mean": progress.distance,
+                "held_out": distances.tolist(),
+            }
+        )
 
     def conclude(self, progress):
         """delta of Eq. 10, and whether the run was long enough. -> a line that says both."""
@@ -514,8 +528,7 @@ class Training:
         index = self.held_out if on_held_out else self.kept
         runs.set_tf32("fp32")  # whatever becomes a score is float32; the cache may hold bfloat16
         self.model.precision = "fp32"
-        on = self.images.device
-        parts = [self.model.compare(self.images[i.to(on)]) for i in index.split(EVAL_BATCH)]
+        parts = [self.model.compare(self.pictures(part)) for part in index.split(EVAL_BATCH)]
         diffs = {c: torch.cat([part[c] for part, _ in parts]) for c in self.model.layers}
         terms_of_s_a = [torch.cat(term) for term in zip(*(t for _, t in parts), strict=True)]
         scores = self.model.calibrate(diffs, terms_of_s_a)
@@ -524,6 +537,7 @@ class Training:
             name: {"mean": x.mean().item(), "std": x.std(correction=0).item()}
             for name, x in scores.items()
         }
+        # From the log, since a run that was resumed has seen only its own part.
         lines = [json.loads(line) for _, line in runs.read_log(self.log_file)]
         curve = {line["step"]: line["held_out_mean"] for line in lines if "held_out_mean" in line}
         length = second_half(curve)
@@ -555,7 +569,7 @@ def hold_out(settings, n):
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     shuffled = torch.randperm(n, generator=generator)
     count = max(2, round(settings.holdout * n)) if settings.holdout else 0
-    needed = count + 1 if count else 2  # delta needs two
+    needed = max(count + 1, 2)  # delta needs two
     if n < needed:
         raise UserError(
             f"{name}: expected at least {needed} normal images, {count} of them held out, got {n}: "
@@ -574,7 +588,7 @@ def peak_learning_rate(settings, width):
     # Where a sum is over more inputs, a step moves it farther: results/recipe.md, "Width".
     if settings.optimizer == "muon":  # a step's largest singular value grows with the root of D
         return MUON_LR * min(1, math.sqrt(192 / width))
-    return min(1e-3, 0.192 / width)  # AdamW moves each weight by about the learning rate
+    return 1e-3 * min(1, 192 / width)  # AdamW moves each weight by about the learning rate
 
 
 def learning_rate(step, steps, peak, settings):
@@ -641,7 +655,8 @@ class Muon(torch.optim.Muon):
                 for p, update in zip(matrices, self.orthogonalise(averages, group), strict=True):
                     if group["weight_decay"]:
                         p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(group["lr"] * (0.2 * math.sqrt(max(shape))) * update)
+                    as_large_as_adamws = 0.2 * math.sqrt(max(shape))  # torch's match_rms_adamw
+                    p.sub_(group["lr"] * as_large_as_adamws * update)
 
     def average(self, p, group):
         """Nesterov's average of a matrix's gradients."""
@@ -655,8 +670,8 @@ class Muon(torch.optim.Muon):
 def orthogonalise(x, group):
     """Newton-Schulz: matrices (n, rows, columns) -> about U V^T for each matrix U S V^T.
 
-    A step is X <- (a + b A + c A^2) X with A = X X^T, a small matrix. So the steps' polynomials
-    are multiplied with one another first, and with X once.
+    A step is X <- P X with P = a + b A + c A^2 and A = X X^T, a small matrix. So the P of all steps
+    are multiplied with one another first, and with X once. The next A is P X X^T P^T = P A P.
     """
     a, b, c = group["ns_coefficients"]
     tall = x.shape[1] > x.shape[2]
@@ -668,7 +683,7 @@ def orthogonalise(x, group):
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)  # b A + c A^2
         polynomial.diagonal(dim1=1, dim2=2).add_(a)
         product = polynomial if product is None else polynomial @ product
-        if left:  # the last step's is not needed
+        if left:
             square = polynomial @ square @ polynomial
     wide = product @ wide
     return wide.mT if tall else wide
@@ -729,6 +744,7 @@ class GraphedStep:
         if self.images is None:
             self.images = images.clone()
             self.t = {c: x.clone() for c, x in t.items()}
+            return
         self.images.copy_(images)
         for c, x in t.items():
             self.t[c].copy_(x)
@@ -766,12 +782,10 @@ class TeacherCache:
     them, later ones look them up. A step then costs as much as three forward passes instead of
     four, if a backward pass counts as two.
 
-    n x layers x (1 + P) x D values of 4 bytes, or 2 under bf16, are kept in the first of PLACES
+    n x layers x (1 + P) x D values of 4 bytes, or 2 under bf16, are kept in the first of `PLACES`
     that leaves half of what is free: the device's memory, the host's, a memory-mapped file in
     `folder`, or nowhere. `place` forces one.
     """
-
-    PLACES = ("device", "host", "disk", "off")
 
     def __init__(self, model, images, device, folder, place=None):
         config = model.teacher.config
@@ -779,9 +793,9 @@ class TeacherCache:
         self.dtype = torch.bfloat16 if model.precision == "bf16" else torch.float32
         shape = (images, len(model.layers), 1 + config["grid"] ** 2, config["width"])
         self.bytes = math.prod(shape) * self.dtype.itemsize
-        if place is None:
-            fits = [p for p in self.PLACES if self.bytes <= free_bytes(p, device, folder) / 2]
-            place = fits[0]
+        for p in PLACES:
+            if place is None and self.bytes <= free_bytes(p, device, folder) / 2:
+                place = p
         self.place = place
         self.known = torch.zeros(images, dtype=torch.bool)
         if place == "disk":
@@ -795,7 +809,7 @@ class TeacherCache:
         """t of `images`, uint8 (B, 3, s, s). `index` (B,), on the CPU: which images they are."""
         if self.place == "off":
             features = self.model.teach(images)
-            return {c: x.to(self.dtype).float() for c, x in features.items()}
+            return {c: x.to(self.dtype).float() for c, x in features.items()}  # as if kept
         at = index.to(self.store.device, non_blocking=True)
         if self.known[index].all():
             t = self.store[at].to(images.device, non_blocking=True)  # (B, layers, 1 + P, D)
@@ -867,13 +881,13 @@ def second_half(curve):
     """{step: held-out distance} -> what it says of the run's length, or {} with fewer than two.
 
     "fell": by what share the distance fell over the second half of the steps, on straight lines
-    between the epochs' ends. "lowest_at": the step where it was lowest. Before the last step means:
-    since then the student has overfitted.
+    between the epochs' ends. "lowest_at": the step where it was lowest. If that was long before the
+    end, the student has overfitted since.
     """
     if len(curve) < 2:
         return {}
-    last = max(curve)
     steps = sorted(curve)
+    last = steps[-1]
     half = np.interp(last / 2, steps, [curve[step] for step in steps])
     return {"fell": 1 - curve[last] / float(half), "lowest_at": min(curve, key=curve.get)}
 
@@ -882,7 +896,7 @@ def second_half(curve):
 
 
 class StopSignals:
-    """The first Ctrl-C or SIGTERM ends training after the current step, the second at once."""
+    """The first Ctrl-C or SIGTERM ends training after the current step, the same again at once."""
 
     def __enter__(self):
         self.number = None
@@ -905,10 +919,9 @@ class Progress:
         self.file = file
         self.steps = steps
         self.first = step
-        self.runs_after = runs_after
-        self.estimated = False  # the time of all runs is said once
+        self.runs_after = runs_after  # 0 once the time of all runs has been said
         self.begun = time.perf_counter()
-        self.held_out = None  # the last held-out distance
+        self.distance = None  # the last held-out distance, set by `Training.measure`
         self.start_line()
 
     def start_line(self):
@@ -933,12 +946,12 @@ class Progress:
         self.write(
             {"epoch": epoch, "step": step, "lr": lr, **means, "images_per_s": round(rate, 1)}
         )
-        if self.runs_after and not self.estimated:
-            self.estimated = True
+        if self.runs_after:
             all_left = left + seconds_a_step * self.steps * self.runs_after
             hours, minutes = divmod(round(all_left / 60), 60)
             time_left = f"about {hours}:{minutes:02d} h"
             print(f"this run and {self.runs_after} more like it: {time_left}", flush=True)
+            self.runs_after = 0
         shown = " ".join(f"{name} {value:.3f}" for name, value in means.items())
         minutes, seconds = divmod(int(left), 60)
         self.line = f"epoch {epoch} step {step}/{self.steps} {shown}"
@@ -947,8 +960,8 @@ class Progress:
         return math.isfinite(sum(means.values()))
 
     def show(self, epoch_ends, ended):
-        """In a terminal one line that is written over, elsewhere a line per epoch."""
-        held_out = f" held out {self.held_out:.4f}" if self.held_out is not None else ""
+        """What `log` took in: in a terminal one line, written over, elsewhere a line per epoch."""
+        held_out = f" held out {self.distance:.4f}" if self.distance is not None else ""
         line = f"{self.line}{held_out} {self.speed}"
         if sys.stdout.isatty():
             print(f"\r\033[K{line}", end="\n" if ended else "", flush=True)
@@ -991,7 +1004,7 @@ def runs_to_do(settings, seeds, existing):
     ]
     todo = [run for run in every if not nothing_to_do(run, existing)]
     if todo and settings.dataset in ("mvtec", "folder"):
-        # Say what is missing before anything long begins.
+        # Refuse a folder that is not there before anything long begins.
         root = Path(settings.data_root)
         there = [(root / category / "train").is_dir() for category in categories]
         if settings.dataset == "folder" or not any(there):

@@ -158,7 +158,7 @@ class Store:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("place", train.TeacherCache.PLACES)
+@pytest.mark.parametrize("place", train.PLACES)
 @pytest.mark.parametrize("known", [False, True])
 def test_the_teachers_cache_in_each_of_its_places(tmp_path, monkeypatch, precision, place, known):
     monkeypatch.setattr(

@@ -129,26 +129,27 @@ def test_the_run_folder(world):
 
 @pytest.fixture(scope="module")
 def in_a_terminal(world):
-    """(process, its command, the terminal's other end): the run of `world` again, begun."""
+    """(process, its command, the terminal's other end, errors): the run of `world` again, begun."""
     terminal, end = pty.openpty()
+    errors = world / "errors.txt"
     command = [str(part) for part in (ROOT / "train.py", *arguments(world, out="again"))]
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=world,
-        env={**os.environ, "PYTHONHASHSEED": "1"},
-        stdout=end,
-        stderr=subprocess.PIPE,
-    )
+    with open(errors, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=world,
+            env={**os.environ, "PYTHONHASHSEED": "1"},
+            stdout=end,
+            stderr=file,
+        )
     os.close(end)
-    yield process, command, terminal
+    yield process, command, terminal, errors
     process.kill()
     process.wait()
-    process.stderr.close()
     os.close(terminal)
 
 
 def test_evaluate_prints_the_table_and_writes_scores(world, in_a_terminal):
-    """From the command line, while the next test's training runs."""
+    """From the command line, while the training of a test below runs."""
     process = run_script(ROOT / "evaluate.py", cwd=world)
     assert process.code == 0, process.err
     lines = process.out.splitlines()
@@ -189,13 +190,12 @@ def test_another_seed_gives_other_bytes(world):
 
 def test_the_command_line_in_a_terminal_gives_the_same_bytes(world, in_a_terminal):
     """With other hashes; progress is one line that is written over."""
-    process, command, terminal = in_a_terminal
+    process, command, terminal, errors = in_a_terminal
     shown = b""
     with contextlib.suppress(OSError):  # how Linux says that the other end is closed
         while part := os.read(terminal, 4096):
             shown += part
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    assert process.wait() == 0, errors.read_text()
     assert b"\r\x1b[Kepoch 2 step 4/4 loss" in shown and b"distill" in shown
     assert b"images/s 0:00 left" in shown
     assert model_bytes(world / "again" / RUN) == model_bytes(run_folder(world))
@@ -595,8 +595,9 @@ def test_too_little_memory_for_the_scores_is_one_sentence(world, monkeypatch):
 
 def test_the_demo_works_without_any_argument(demo):
     """With the README's bound: data, teacher and settings all come along."""
-    training, scoring = (demo / "out").read_text().split("evaluate.py runs/demo/washer/seed0\n")
-    assert "teacher demo_teacher (DEMO" in training
+    output = (demo / "out").read_text()
+    training, end, scoring = output.partition("next: python evaluate.py runs/demo/washer/seed0\n")
+    assert end and "teacher demo_teacher (DEMO" in training
     lines = scoring.splitlines()
     assert lines[0].startswith("washer seed 0, delta ") and "of 8, scratch " in lines[0]
     assert lines[1].startswith("  by S_D standardised, delta ")
