@@ -108,6 +108,11 @@ class Settings:
         f"peak learning rate (default muon {MUON_LR}, adamw 0.001, both less for a teacher wider "
         f"than 192; sgd {per_dataset('lr')})",
     )
+    lr_rest: float = option(
+        None,
+        "with muon, of the weights that are no matrices of a block, which AdamW trains (default "
+        "--lr, but no more than 0.192 / D for a teacher of a width D beyond 192)",
+    )
     optimizer: str = option("muon", "sgd is the paper's and the slowest", ["sgd", "adamw", "muon"])
     momentum: float = option(0.9, "of sgd")
     weight_decay: float = option(0.0, "of every trained parameter")
@@ -208,7 +213,7 @@ def check(settings):
         if getattr(settings, name) is not None:
             runs.check_whole(name, getattr(settings, name), least)
     ranges = (
-        ("more than 0 and finite", lambda x: 0 < x < math.inf, ("lr",)),
+        ("more than 0 and finite", lambda x: 0 < x < math.inf, ("lr", "lr_rest")),
         ("0 or more and below 1", lambda x: 0 <= x < 1, ("holdout",)),
         (
             "0 or more and finite",
@@ -304,8 +309,13 @@ class Training:
         self.steps_per_epoch = math.ceil(len(self.kept) / settings.batch_size)
         self.epochs = settings.epochs or max(EPOCHS, math.ceil(LEAST_STEPS / self.steps_per_epoch))
         self.steps = self.epochs * self.steps_per_epoch
-        self.peak = peak_learning_rate(settings, teacher.config["width"])
-        self.resolved = {"images": len(self.images), "epochs": self.epochs, "lr": self.peak}
+        self.peak, self.peak_rest = peak_learning_rates(settings, teacher.config["width"])
+        self.resolved = {
+            "images": len(self.images),
+            "epochs": self.epochs,
+            "lr": self.peak,
+            "lr_rest": self.peak_rest,
+        }
 
         # The seed depends on which run this is, not on what ran before.
         name = f"{settings.dataset}/{settings.category}/{settings.seed}"
@@ -324,7 +334,9 @@ class Training:
         if self.images.nbytes <= free_bytes("device", device) / 4:  # the step needs the rest
             self.images = self.images.to(device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizers = make_optimizers(settings, self.parameters, self.peak, device)
+        self.optimizers = make_optimizers(
+            settings, self.parameters, self.peak, self.peak_rest, device
+        )
         self.loss_terms = self.model.loss_terms
         if settings.compile:
             self.loss_terms = torch.compile(self.loss_terms, dynamic=False)
@@ -412,8 +424,8 @@ class Training:
             # Batch: images, and the teacher's features of them.
             for images, t in self.batches(self.order(epoch)[done * size :], size):
                 # Learning rate.
-                lr = learning_rate(self.step, self.steps, self.peak, settings)
-                set_learning_rate(self.optimizers, lr)
+                share = schedule(self.step, self.steps, settings)
+                set_learning_rate(self.optimizers, share)
 
                 # Anchor, Eq. 1. After one epoch the mean is complete; only an EMA goes on.
                 if epoch == 1 or settings.anchor == "ema":
@@ -429,7 +441,7 @@ class Training:
                 epoch_ends = self.step % self.steps_per_epoch == 0
                 if not (self.step % LOG_EVERY == 0 or epoch_ends or stopping):
                     continue
-                finite = progress.log(epoch, self.step, lr)
+                finite = progress.log(epoch, self.step, self.peak * share)
                 due = stopping or time.monotonic() - saved >= settings.checkpoint_every
                 ended = self.step == self.steps
                 if due or ended:  # the weights too: a step can break them after a finite loss
@@ -482,7 +494,7 @@ class Training:
             return self.take_step
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = torch.tensor(self.peak, device=self.device)
+                group["lr"] = torch.tensor(group["lr"], device=self.device)
         return GraphedStep(self.take_step, self.optimizers, settings.batch_size)
 
     def take_step(self, images, t):
@@ -582,29 +594,36 @@ def hold_out(settings, n):
 # --------------------------------------------------------------------- learning rate and optimisers
 
 
-def peak_learning_rate(settings, width):
-    if settings.lr is not None:
-        return settings.lr
-    # Where a sum is over more inputs, a step moves it farther: results/recipe.md, "Width".
-    if settings.optimizer == "muon":  # a step's largest singular value grows with the root of D
-        return MUON_LR * min(1, math.sqrt(192 / width))
-    return 1e-3 * min(1, 192 / width)  # AdamW moves each weight by about the learning rate
+def peak_learning_rates(settings, width):
+    """-> the optimiser's, and with Muon that of the rest, which AdamW trains (else None).
+
+    Where a sum is over more inputs, a step moves it farther: results/recipe.md, "Width".
+    """
+    adamw = 1e-3 * min(1, 192 / width)  # AdamW moves each weight by about the learning rate
+    if settings.optimizer != "muon":
+        return settings.lr or adamw, None
+    # The largest singular value of Muon's step grows with the root of D.
+    muon = settings.lr or MUON_LR * min(1, math.sqrt(192 / width))
+    rest = settings.lr_rest or (muon if width <= 192 else min(muon, adamw))
+    return muon, rest
 
 
-def learning_rate(step, steps, peak, settings):
-    """Linear warm-up to the peak; then linear or cosine to 0, or constant."""
+def schedule(step, steps, settings):
+    """The share of the peak: linear warm-up to 1; then linear or cosine to 0, or constant."""
     if step < settings.warmup:
-        return peak * (step + 1) / settings.warmup
+        return (step + 1) / settings.warmup
     if settings.decay == "constant":
-        return peak
+        return 1.0
     left = (steps - step) / (steps - settings.warmup)
     if settings.decay == "cosine":
-        return peak * 0.5 * (1 - math.cos(math.pi * left))
-    return peak * left
+        return 0.5 * (1 - math.cos(math.pi * left))
+    return left
 
 
-def set_learning_rate(optimizers, lr):
+def set_learning_rate(optimizers, share):
+    """Each optimiser's to a share of its peak, with which it was made."""
     for optimizer in optimizers:
+        lr = share * optimizer.defaults["lr"]
         for group in optimizer.param_groups:
             if torch.is_tensor(group["lr"]):  # which a graph reads
                 group["lr"].fill_(lr)
@@ -612,7 +631,7 @@ def set_learning_rate(optimizers, lr):
                 group["lr"] = lr
 
 
-def make_optimizers(settings, parameters, peak, device):
+def make_optimizers(settings, parameters, peak, peak_rest, device):
     """The optimisers of a run, each with its share of the parameters."""
     options = {"lr": peak, "weight_decay": settings.weight_decay}
     fused = "cuda" in device  # on a CPU it is no faster
@@ -627,7 +646,7 @@ def make_optimizers(settings, parameters, peak, device):
         raise UserError("--optimizer: expected adamw or sgd with this network, got muon")
     bf16 = settings.precision == "bf16" and runs.multiplies_bf16(device)
     muon = Muon(matrices, bf16=bf16, **options)
-    return [muon, torch.optim.AdamW(others, fused=fused, **options)]
+    return [muon, torch.optim.AdamW(others, fused=fused, **{**options, "lr": peak_rest})]
 
 
 class Muon(torch.optim.Muon):

@@ -283,7 +283,9 @@ def parts_of_a_step(teacher, B, device, precision):
     images = random_images(B, device)
     ours = Ours(teacher, images, device, precision=precision)
     model = ours.model
-    make = partial(make_optimizers, parameters=ours.parameters, peak=1e-3, device=device)
+    make = partial(
+        make_optimizers, parameters=ours.parameters, peak=1e-3, peak_rest=1e-3, device=device
+    )
     muon, rest = make(Settings(precision=precision))
     [adamw] = make(Settings(optimizer="adamw"))
     ours.step(images)  # from here on there are gradients

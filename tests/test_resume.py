@@ -259,7 +259,7 @@ def test_an_unfinished_run_is_not_begun_again_unasked(world, tmp_path):
     assert result.code == 0 and "continues" not in result.out
 
 
-@pytest.mark.parametrize("name", ["images", "epochs", "lr"])
+@pytest.mark.parametrize("name", ["images", "epochs", "lr", "lr_rest"])
 def test_resume_refuses_what_would_change_the_rest(world, tmp_path, name):
     """What the settings leave open, and the run has found out."""
     stop_run(world, tmp_path)

@@ -327,19 +327,20 @@ def test_a_gpu_multiplies_bf16_from_capability_8_on(monkeypatch, capability, pre
     assert runs.multiplies_bf16("cuda:1") == precision
 
 
-@pytest.mark.parametrize("lr, expected", [(None, 8e-3 * 0.5**0.5), (0.002, 0.002)])
+@pytest.mark.parametrize(
+    "options, lr, lr_rest",
+    [({}, 8e-3 * 0.5**0.5, 5e-4), ({"lr": 0.002, "lr_rest": 0.001}, 0.002, 0.001)],
+)
 def test_a_wider_student_learns_at_a_lower_rate_unless_told_otherwise(
-    world, tmp_path, lr, expected
+    world, tmp_path, options, lr, lr_rest
 ):
     teacher = save_vit(tiny_vit(width=384, depth=2), tmp_path / "wide.safetensors")
-    changes = {"weights": teacher, "layers": "0,1", "warmup": 0, "decay": "constant"}
-    if lr:
-        changes["lr"] = lr
+    changes = {"weights": teacher, "layers": "0,1", "warmup": 0, "decay": "constant", **options}
     result = run_train(world, out=tmp_path, **changes)
     assert result.code == 0, result.err
-    rates = {line["lr"] for line in read_log(tmp_path / RUN) if "lr" in line}
-    assert rates == {read_json(tmp_path / RUN / "config.json")["lr"]}
-    assert rates.pop() == pytest.approx(expected)
+    config = read_json(tmp_path / RUN / "config.json")
+    assert config["lr"] == pytest.approx(lr) and config["lr_rest"] == pytest.approx(lr_rest)
+    assert {line["lr"] for line in read_log(tmp_path / RUN) if "lr" in line} == {config["lr"]}
 
 
 # ------------------------------------------------------------------------------ what can go wrong

@@ -123,20 +123,19 @@ def test_what_the_held_out_distances_say_of_the_length():
 # --------------------------------------------------------------- learning rate, images held out
 
 
-def test_learning_rate():
+def test_schedule_of_the_learning_rate():
     for decay, down in (
-        ("linear", [2 * (1 - done / 8) for done in range(9)]),
-        ("cosine", [1 + math.cos(math.pi * done / 8) for done in range(9)]),
+        ("linear", [1 - done / 8 for done in range(9)]),
+        ("cosine", [0.5 + 0.5 * math.cos(math.pi * done / 8) for done in range(9)]),
     ):
         settings = train.Settings(warmup=4, decay=decay)
-        rates = [train.learning_rate(step, 12, 2.0, settings) for step in range(13)]
-        assert rates[:4] == [0.5, 1.0, 1.5, 2.0]  # linear up to the peak
-        assert rates[4:] == pytest.approx(down)  # and down to 0 over the other 8 steps
+        shares = [train.schedule(step, 12, settings) for step in range(13)]
+        assert shares[:4] == [0.25, 0.5, 0.75, 1.0]  # linear up to the peak
+        assert shares[4:] == pytest.approx(down)  # and down to 0 over the other 8 steps
     assert train.Settings().decay == "linear"
     constant = train.Settings(warmup=2, decay="constant")
-    rates = [train.learning_rate(step, 6, 2.0, constant) for step in range(6)]
-    assert rates == [1.0, 2.0, 2.0, 2.0, 2.0, 2.0]
-    assert train.learning_rate(0, 6, 2.0, train.Settings(warmup=0)) == 2.0
+    assert [train.schedule(step, 6, constant) for step in range(6)] == [0.5, 1, 1, 1, 1, 1]
+    assert train.schedule(0, 6, train.Settings(warmup=0)) == 1
 
 
 def test_images_held_out_depend_on_the_category_and_not_on_the_seed():
@@ -216,15 +215,17 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = distillation()
     parameters = [p for p in model.parameters() if p.requires_grad]
     settings = train.Settings(optimizer="muon", weight_decay=0.1)
-    muon, adamw = train.make_optimizers(settings, parameters, 0.01, "cpu")
+    muon, adamw = train.make_optimizers(settings, parameters, 0.01, 0.002, "cpu")
     names = {id(p): name for name, p in model.student.named_parameters()}
     taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     ends = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert taken == {f"blocks.{i}.{end}.weight" for i in range(12) for end in ends}
     rest = [p for group in adamw.param_groups for p in group["params"]]
     assert len(taken) + len(rest) == len(parameters)
+    train.set_learning_rate([muon, adamw], 0.5)
+    assert [each.param_groups[0]["lr"] for each in (muon, adamw)] == [0.005, 0.001]
     with pytest.raises(UserError, match="adamw or sgd"):
-        train.make_optimizers(settings, [torch.nn.Parameter(torch.zeros(3))], 0.01, "cpu")
+        train.make_optimizers(settings, [torch.nn.Parameter(torch.zeros(3))], 1, 1, "cpu")
 
 
 class RecordsBatches(train.GraphedStep):
@@ -306,15 +307,23 @@ def test_the_learning_rate_is_set_where_a_graph_reads_it():
     plain, graphed = (torch.optim.SGD(parameters, lr=0.5) for _ in range(2))
     tensor = torch.tensor(0.5)
     graphed.param_groups[0]["lr"] = tensor
-    train.set_learning_rate([plain, graphed], 0.25)
+    train.set_learning_rate([plain, graphed], 0.5)
     assert plain.param_groups[0]["lr"] == 0.25
     assert graphed.param_groups[0]["lr"] is tensor and tensor == 0.25
 
 
 @pytest.mark.parametrize(
-    "optimizer, width, lr",
-    [("adamw", 192, 1e-3), ("adamw", 768, 2.5e-4), ("muon", 192, 8e-3), ("muon", 768, 4e-3)],
+    "width, changes, peaks",
+    [
+        (192, {"optimizer": "adamw"}, (1e-3, None)),
+        (768, {"optimizer": "adamw"}, (2.5e-4, None)),
+        (768, {"optimizer": "sgd", "lr": 0.5}, (0.5, None)),
+        (192, {}, (8e-3, 8e-3)),
+        (768, {}, (4e-3, 2.5e-4)),
+        (768, {"lr": 0.5}, (0.5, 2.5e-4)),
+        (768, {"lr": 1e-4}, (1e-4, 1e-4)),
+        (768, {"lr": 0.5, "lr_rest": 0.25}, (0.5, 0.25)),
+    ],
 )
-def test_the_default_peak_learning_rate(optimizer, width, lr):
-    assert train.peak_learning_rate(train.Settings(optimizer=optimizer), width) == lr
-    assert train.peak_learning_rate(train.Settings(optimizer=optimizer, lr=0.5), width) == 0.5
+def test_peak_learning_rates(width, changes, peaks):
+    assert train.peak_learning_rates(train.Settings(**changes), width) == peaks
