@@ -335,7 +335,7 @@ class Training:
             self.images = self.images.to(device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(
-            settings, self.parameters, self.peak, self.peak_rest, device
+            settings, self.parameters, self.peak, device, peak_rest=self.peak_rest
         )
         self.loss_terms = self.model.loss_terms
         if settings.compile:
@@ -631,8 +631,11 @@ def set_learning_rate(optimizers, share):
                 group["lr"] = lr
 
 
-def make_optimizers(settings, parameters, peak, peak_rest, device):
-    """The optimisers of a run, each with its share of the parameters."""
+def make_optimizers(settings, parameters, peak, device, peak_rest):
+    """The optimisers of a run, each with its share of the parameters.
+
+    peak, peak_rest: see `peak_learning_rates`.
+    """
     options = {"lr": peak, "weight_decay": settings.weight_decay}
     fused = "cuda" in device  # on a CPU it is no faster
     if settings.optimizer == "sgd":

@@ -193,7 +193,7 @@ def test_a_step_of_the_optimisers(optimizer, precision):
     settings = train.Settings(optimizer=optimizer, precision=precision, weight_decay=0.1)
     for p in parameters:
         p.grad = torch.zeros_like(p)
-    for each in train.make_optimizers(settings, parameters, 1e-3, 1e-3, "cuda"):
+    for each in train.make_optimizers(settings, parameters, 1e-3, "cuda", peak_rest=1e-3):
         each.step()
         state = [x for values in each.state.values() for x in values.values() if x is not None]
         assert devices(*state) == {"cuda"}

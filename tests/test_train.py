@@ -215,7 +215,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = distillation()
     parameters = [p for p in model.parameters() if p.requires_grad]
     settings = train.Settings(optimizer="muon", weight_decay=0.1)
-    muon, adamw = train.make_optimizers(settings, parameters, 0.01, 0.002, "cpu")
+    muon, adamw = train.make_optimizers(settings, parameters, 0.01, "cpu", peak_rest=0.002)
     names = {id(p): name for name, p in model.student.named_parameters()}
     taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     ends = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -225,7 +225,8 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     train.set_learning_rate([muon, adamw], 0.5)
     assert [each.param_groups[0]["lr"] for each in (muon, adamw)] == [0.005, 0.001]
     with pytest.raises(UserError, match="adamw or sgd"):
-        train.make_optimizers(settings, [torch.nn.Parameter(torch.zeros(3))], 1, 1, "cpu")
+        vector = torch.nn.Parameter(torch.zeros(3))
+        train.make_optimizers(settings, [vector], 1, "cpu", peak_rest=1)
 
 
 class RecordsBatches(train.GraphedStep):
