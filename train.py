@@ -106,7 +106,7 @@ class Settings:
     lr: float = option(
         None,
         f"peak learning rate (default muon {MUON_LR}, adamw 0.001, both less for a teacher wider "
-        f"than 192; sgd {per_dataset('lr')})",
+        f"than 192; sgd {per_dataset('lr')}); with muon see --lr-rest too",
     )
     lr_rest: float = option(
         None,
@@ -226,6 +226,11 @@ def check(settings):
             value = getattr(settings, name)
             if value is not None and not holds(value):
                 raise UserError(f"{runs.flag(name)}: expected {expected}, got {value}")
+    if settings.lr_rest is not None and settings.optimizer != "muon":
+        raise UserError(
+            f"--lr-rest: expected none with --optimizer {settings.optimizer}, "
+            f"which trains all weights at --lr, got {settings.lr_rest}"
+        )
 
 
 def resolve_category(settings):
@@ -357,6 +362,8 @@ class Training:
                     f"{self.checkpoint}: expected a checkpoint of this run, "
                     f"got step {self.step} of {self.steps}: --overwrite starts again"
                 )
+            if self.peak_rest and "lr_rest" not in config:
+                config["lr_rest"] = config.get("lr", self.peak)  # one rate, before --lr-rest
             for name, now in self.resolved.items():
                 if config.get(name, now) != now:
                     raise UserError(

@@ -37,7 +37,7 @@ SETTINGS = (
     "decay",
 )
 # Runs that differ in these too are not for the table.
-OTHERS = ("distance", "anchor", "pos_embed", "without", "lam", "momentum", "clip_grad")
+OTHERS = ("distance", "anchor", "pos_embed", "without", "lam", "momentum", "clip_grad", "lr_rest")
 MEASURED = ("epochs", "step", "held_out_mean", "block3", "block6", "block9", "block11", "loss")
 COLUMNS = ("teacher", *SETTINGS, "lr", *MEASURED, "commit")
 BLOCKS = [3, 6, 9, 11]

@@ -200,6 +200,13 @@ OPTIONS = [
     ("train", None, f"--batch-size {MANY}", "--batch-size: expected at most 1000000000"),
     ("train", None, "--lr -0.1", "--lr: expected more than 0 and finite, got -0.1"),
     ("train", None, "--lr nan", "--lr: expected more than 0 and finite, got nan"),
+    ("train", None, "--lr-rest 0", "--lr-rest: expected more than 0 and finite, got 0"),
+    (
+        "train",
+        None,
+        "--optimizer sgd --lr-rest 0.1",
+        "--lr-rest: expected none with --optimizer sgd",
+    ),
     ("train", None, "--lr 1e400", "--lr: expected more than 0 ... got inf"),
     ("train", None, "--lr fast", "--lr: invalid float value: 'fast'"),
     ("train", None, "--momentum -1", "--momentum: expected 0 or more and finite, got -1"),

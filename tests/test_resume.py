@@ -270,6 +270,19 @@ def test_resume_refuses_what_would_change_the_rest(world, tmp_path, name):
     assert_one_sentence(result, f"expected to go on with {name} {config[name] + 1}")
 
 
+def test_a_run_from_before_lr_rest_had_one_rate(world, tmp_path):
+    stop_run(world, tmp_path)
+    path = tmp_path / RUN / "config.json"
+    config = json.loads(path.read_text())
+    rate = config.pop("lr_rest")
+    path.write_text(json.dumps(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "peak_learning_rates", lambda *_: (rate, rate / 2))
+        result = run_train(world, tmp_path, "--resume")
+    assert_one_sentence(result, f"expected to go on with lr_rest {rate}, got {rate / 2}")
+    assert run_train(world, tmp_path, "--resume").code == 0
+
+
 def test_resume_refuses_another_teacher(world, tmp_path):
     teacher = tmp_path / "changing.safetensors"
     teacher.write_bytes((world / "teacher.safetensors").read_bytes())
