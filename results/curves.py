@@ -37,9 +37,10 @@ SETTINGS = (
     "decay",
 )
 # Runs that differ in these too are not for the table.
-OTHERS = ("distance", "anchor", "pos_embed", "without", "lam", "momentum", "clip_grad", "lr_rest")
+OTHERS = ("distance", "anchor", "pos_embed", "without", "lam", "momentum", "clip_grad")
 MEASURED = ("epochs", "step", "held_out_mean", "block3", "block6", "block9", "block11", "loss")
-COLUMNS = ("teacher", *SETTINGS, "lr", *MEASURED, "commit")
+RATES = ("lr", "lr_rest")  # the second: of what AdamW trains beside Muon
+COLUMNS = ("teacher", *SETTINGS, *RATES, *MEASURED, "commit")
 BLOCKS = [3, 6, 9, 11]
 FIRST = 100
 COLOURS = {"sgd": "#7f7f7f", "adamw": "#1f77b4", "muon": "#d62728"}
@@ -73,6 +74,9 @@ def rows_of(run):
     if config["settings"]["layers"] != BLOCKS:
         layers = ",".join(map(str, config["settings"]["layers"]))
         raise UserError(f"{run}: expected a run with --layers 3,6,9,11, got {layers}")
+    muon = config["settings"]["optimizer"] == "muon"
+    config.setdefault("lr_rest", config["lr"] if muon else None)  # one rate, before --lr-rest
+    runs.check_values(path, config, {"lr_rest": float | None})
     for name in OTHERS:
         default = getattr(Settings, name)
         value = config["settings"].get(name, default)
@@ -83,7 +87,8 @@ def rows_of(run):
             )
     fixed = {name: config["settings"][name] for name in SETTINGS}
     fixed["teacher"] = config["teacher"].get("name", "")
-    fixed |= {"lr": config["lr"], "epochs": config["epochs"], "commit": config["commit"]}
+    fixed |= {"lr": config["lr"], "lr_rest": config["lr_rest"] if muon else ""}
+    fixed |= {"epochs": config["epochs"], "commit": config["commit"]}
     rows = []
     loss = math.nan
     path = Path(run) / "log.jsonl"
@@ -117,7 +122,7 @@ def write_table(rows):
 
 def key(row):
     """What tells one run from another."""
-    return tuple(row[name] for name in ("teacher", *SETTINGS, "lr", "epochs"))
+    return tuple(row[name] for name in ("teacher", *SETTINGS, *RATES, "epochs"))
 
 
 def draw(rows, title):

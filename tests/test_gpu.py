@@ -45,6 +45,7 @@ def recorded(monkeypatch):
         ("fp32", ("--optimizer", "muon")),
         ("fp32", ("--optimizer", "adamw")),
         ("fp32", ("--optimizer", "sgd")),
+        ("fp32", ("--lr-rest", 0.001)),
         ("fp32", ("--anchor", "ema", "--clip-grad", 1, "--weight-decay", 0.1)),
         ("bf16", ()),
     ],

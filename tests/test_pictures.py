@@ -398,6 +398,7 @@ def test_held_out_distances_go_from_the_log_into_the_table_and_the_chart(world, 
     for row, line in zip(rows, (line for line in lines if "held_out" in line), strict=True):
         assert float(row["held_out_mean"]) == pytest.approx(line["held_out_mean"], abs=1e-5)
         assert float(row["block9"]) == pytest.approx(line["held_out"][2], abs=1e-5)
+        assert row["lr"] == row["lr_rest"] == "0.008"
     chart = ElementTree.parse(world / "recipe_own.svg").getroot()
     curve = [e.get("points").count(",") for e in chart.iter() if e.tag.endswith("polyline")]
     assert curve == [1, EPOCHS]
