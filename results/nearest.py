@@ -6,6 +6,7 @@
 A memory holds the teacher's patch tokens of the normal training images, at most M a layer. An image
 scores the mean of its patches' largest 1 % of distances (1 - cosine) to the nearest token in it,
 summed over the layers, as in PatchCore and AnomalyDINO. The result is in <out>/<dataset>/nearest/.
+`--category all` is for CIFAR and Fashion-MNIST: the teacher sees their 10,000 test images once.
 """
 
 import json
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import runs
-from data import find_category, slug, test_split, train_split
+from data import CATEGORIES, SMALL, find_category, slug, test_split, train_split
 from evaluate import auroc
 from results import report
 from train import EVAL_BATCH, PER_DATASET, TEACHER
@@ -38,15 +39,15 @@ def patch_tokens(teacher, images, layers):
 
 def fill_memory(teacher, images, layers, most):
     """-> {c: (M, D)}: a random sample of `most` patches of all images, or every patch."""
-    patches = teacher.config["grid"] ** 2
+    chosen = torch.zeros(len(images), teacher.config["grid"] ** 2, dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.zeros(len(images) * patches, dtype=torch.bool)
-    chosen[torch.randperm(len(chosen), generator=generator)[:most]] = True
+    chosen.view(-1)[torch.randperm(chosen.numel(), generator=generator)[:most]] = True
+    seen = chosen.any(dim=1)  # of few patches many images have none
     memory = {c: [] for c in layers}
-    batches = patch_tokens(teacher, images, layers)
-    for tokens, wanted in zip(batches, chosen.split(EVAL_BATCH * patches), strict=True):
+    batches = patch_tokens(teacher, images[seen], layers)
+    for tokens, wanted in zip(batches, chosen[seen].split(EVAL_BATCH), strict=True):
         for c, x in tokens.items():
-            memory[c].append(x.flatten(0, 1)[wanted.to(x.device)])
+            memory[c].append(x[wanted.to(x.device)])
     return {c: torch.cat(parts) for c, parts in memory.items()}
 
 
@@ -56,20 +57,38 @@ def score(tokens, memory):
     return nearest.topk(math.ceil(len(tokens) / 100)).values.mean()
 
 
-def score_images(teacher, images, memory):
-    """-> {c: scores (n,)}"""
-    scores = {c: [] for c in memory}
-    for tokens in patch_tokens(teacher, images, tuple(memory)):
-        for c, x in tokens.items():
-            scores[c] += [score(patches, memory[c]) for patches in x]
-    return {c: torch.stack(values).cpu() for c, values in scores.items()}
+def score_images(teacher, images, memories):
+    """-> {c: scores (n,)} by each memory {c: (M, D)}. The teacher sees the images once."""
+    scores = [{c: [] for c in memory} for memory in memories]
+    for tokens in patch_tokens(teacher, images, tuple(memories[0])):
+        for found, memory in zip(scores, memories, strict=True):
+            for c, x in tokens.items():
+                found[c] += [score(patches, memory[c]) for patches in x]
+    return [{c: torch.stack(values).cpu() for c, values in found.items()} for found in scores]
 
 
-def parse(argv):
+def results_of(categories, args, teacher):
+    """Yields the results of categories, which have the same test images."""
+    labels, memories = [], []
+    for name in categories:
+        place = (args.dataset, args.data_root, name, teacher.image_size)
+        normal, test = train_split(*place).images, test_split(*place)
+        if len(set(test.labels)) < 2:
+            raise runs.UserError(f"{name}: expected normal and anomalous test images, got one kind")
+        labels.append(test.labels)
+        memories.append(fill_memory(teacher, normal, LAYERS, args.memory))
+    for i, scores in enumerate(score_images(teacher, test.images, memories)):
+        value = auroc(sum(scores.values()), labels[i])
+        size = len(memories[i][LAYERS[0]])
+        yield {"dataset": args.dataset, "category": categories[i], "auroc": value, "memory": size}
+
+
+@runs.script
+def main(argv):
     parser = runs.Parser(__doc__)
     add = parser.add_argument
     add("--dataset", required=True, choices=[d for d in PER_DATASET if d != "folder"])
-    add("--category", default="0", help="normal class: name, or place in the paper's table from 0")
+    add("--category", default="0", help="normal class: name, place in the paper's table, or all")
     add("--data-root", help="folder of the data set (default as in train.py)")
     add("--weights", help=f"teacher: a file or a name (default {TEACHER}; demo demo_teacher)")
     add("--memory", type=int, default=20000, metavar="M", help="patches a layer (default 20000)")
@@ -77,43 +96,24 @@ def parse(argv):
     add("--out", type=Path, help="folder for the result (default results/<teacher>)")
     args = parser.parse_args(argv)
     runs.check_whole("memory", args.memory, 1)
-    args.weights = args.weights or PER_DATASET[args.dataset].get("weights", TEACHER)
     args.data_root = args.data_root or PER_DATASET[args.dataset].get("data_root")
-    return args
-
-
-@runs.script
-def main(argv):
-    args = parse(argv)
-    category = find_category(args.dataset, args.category)
+    categories = CATEGORIES[args.dataset]
+    if args.category != "all" or args.dataset not in SMALL:
+        categories = [find_category(args.dataset, args.category)]
+    weights = args.weights or PER_DATASET[args.dataset].get("weights", TEACHER)
     device = runs.pick_device(args.device)
     runs.set_tf32("fp32")
-    teacher = runs.load_teacher(ensure_weights(args.weights)).to(device)
+    teacher = runs.load_teacher(ensure_weights(weights)).to(device)
     runs.check_teacher({"layers": LAYERS, "top_k": 1}, teacher)
-    place = (args.dataset, args.data_root, category, teacher.image_size)
-    normal, test = train_split(*place).images, test_split(*place)
-    if len(set(test.labels)) < 2:
-        raise runs.UserError(f"{category}: expected normal and anomalous test images, got one kind")
-    name = teacher.metadata.get("name", Path(args.weights).stem)
+    name = teacher.metadata.get("name", Path(weights).stem)
+    made = {"teacher": name, "teacher_sha256": teacher.sha256, **runs.provenance(device)}
     folder = (args.out or Path(__file__).parent / name) / args.dataset
-    path = folder / f"nearest/{slug(category)}.json"
-    with runs.new_folder(path.parent):  # one that cannot be is found out before the work
-        memory = fill_memory(teacher, normal, LAYERS, args.memory)
-        scores = score_images(teacher, test.images, memory)
-        result = {
-            "dataset": args.dataset,
-            "category": category,
-            "auroc": auroc(sum(scores.values()), test.labels),
-            "auroc_of_layer": {str(c): auroc(values, test.labels) for c, values in scores.items()},
-            "memory": len(memory[LAYERS[0]]),
-            "teacher": name,
-            "teacher_sha256": teacher.sha256,
-            **runs.provenance(device),
-        }
-        runs.write_text(path, json.dumps(result, indent=2) + "\n")
-    print(f"{category}: {result['auroc']:.2f}, by layer {result['auroc_of_layer']}; {path}")
-    if list(folder.glob("*.json")):
-        report.report(folder.parent, [])  # the tables with this column
+    with runs.new_folder(folder / "nearest"):  # one that cannot be is found out before the work
+        for result in results_of(categories, args, teacher):
+            path = folder / f"nearest/{slug(result['category'])}.json"
+            runs.write_text(path, json.dumps({**result, **made}, indent=2) + "\n")
+            print(f"{result['category']}: {result['auroc']:.2f}; {path}")
+    report.report(folder.parent, [])  # the tables with this column
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import data
 from vit import IMAGENET_MEAN, IMAGENET_STD, ViT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -261,3 +262,23 @@ def make_category(folder, train=6, good=4, bad=5, size=64, seed=0):
         for i in range(count):
             image(defect).save(folder / kind / f"{i:03d}.png")
     return folder
+
+
+@pytest.fixture
+def small_counts(monkeypatch):
+    """The small data sets with 3 training and 2 test images a class."""
+    small = {name: data.OfficialFiles(3, 2, files.reader) for name, files in data.SMALL.items()}
+    monkeypatch.setattr(data, "SMALL", small)
+
+
+def make_classes(root, dataset, classes):
+    """<root>/<dataset>/{train,test}/<class>/*.png, 3 and 2 images a class.
+
+    All pixels of an image are 2 x its class + its number.
+    """
+    for part, count in (("train", 3), ("test", 2)):
+        for c, name in enumerate(classes):
+            folder = root / dataset / part / data.slug(name)
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (32, 32), (2 * c + i,) * 3).save(folder / f"{i:05d}.png")

@@ -12,7 +12,7 @@ from PIL import Image
 
 import data
 import runs
-from conftest import make_category, shared
+from conftest import make_category, make_classes, shared
 from results.report import paper_auroc
 from runs import UserError
 from weights.demo_washers import KINDS
@@ -313,26 +313,6 @@ def test_writing_into_a_batch_does_not_change_the_cache(tmp_path):
 
 
 # --------------------------------------------------------------- CIFAR-10, CIFAR-100, Fashion-MNIST
-
-
-@pytest.fixture
-def small_counts(monkeypatch):
-    """The small data sets with 3 training and 2 test images a class."""
-    small = {name: data.OfficialFiles(3, 2, files.reader) for name, files in data.SMALL.items()}
-    monkeypatch.setattr(data, "SMALL", small)
-
-
-def make_classes(root, dataset, classes):
-    """<root>/<dataset>/{train,test}/<class>/*.png, 3 and 2 images a class.
-
-    All pixels of an image are 2 x its class + its number.
-    """
-    for part, count in (("train", 3), ("test", 2)):
-        for c, name in enumerate(classes):
-            folder = root / dataset / part / data.slug(name)
-            folder.mkdir(parents=True)
-            for i in range(count):
-                Image.new("RGB", (32, 32), (2 * c + i,) * 3).save(folder / f"{i:05d}.png")
 
 
 def test_cifar10_from_folders(tmp_path, small_counts):

@@ -10,7 +10,15 @@ import torch
 
 import evaluate
 import train
-from conftest import ROOT, assert_one_sentence, call, make_category, save_vit, tiny_vit
+from conftest import (
+    ROOT,
+    assert_one_sentence,
+    call,
+    make_category,
+    make_classes,
+    save_vit,
+    tiny_vit,
+)
 from data import CATEGORIES
 from results import anatomy, curves, nearest
 from results.report import cell, chart, paper, table
@@ -116,7 +124,8 @@ def test_nearest_patches_against_a_naive_loop():
     normal, test = images[:3], images[3:]
     layers = (1, 3)
     memory = nearest.fill_memory(vit, normal, layers, most=10**6)
-    scores = nearest.score_images(vit, test, memory)
+    first = {c: x[:49] for c, x in memory.items()}
+    scores, by_one_image = nearest.score_images(vit, test, [memory, first])
     with torch.no_grad():
         kept, seen = (vit(vit.prepare(x), layers) for x in (normal, test))
     for c in layers:
@@ -128,6 +137,8 @@ def test_nearest_patches_against_a_naive_loop():
                 cosines = [torch.dot(patch, x) / (patch.norm() * x.norm()) for x in tokens]
                 distances.append(1 - max(cosines).item())
             assert scores[c][i].item() == pytest.approx(max(distances), rel=1e-4)  # 1 % of 49
+        assert torch.equal(by_one_image[c], nearest.score_images(vit, test, [first])[0][c])
+        assert (by_one_image[c] > scores[c]).any()
 
     some = nearest.fill_memory(vit, normal, layers, most=20)
     again = nearest.fill_memory(vit, normal, layers, most=20)
@@ -138,6 +149,23 @@ def test_nearest_patches_against_a_naive_loop():
     distances = 1 - (patches @ patches[:9].T).amax(dim=1)
     top = distances.sort(descending=True).values[:2].mean().item()  # 1 % of 196
     assert nearest.score(patches, patches[:9]) == pytest.approx(top)
+
+
+def test_nearest_patches_of_all_categories_at_once(tmp_path, small_counts):
+    make_classes(tmp_path / "data", "cifar10", CATEGORIES["cifar10"])
+    save_vit(tiny_vit(), tmp_path / "teacher.safetensors")
+    command = ("--dataset", "cifar10", "--weights", "teacher.safetensors", "--memory", 30, "--out")
+    results = {}
+    for category in ("all", "cat"):
+        done = call(nearest.main, *command, category, "--category", category, cwd=tmp_path)
+        assert done.code == 0, done.err
+        paths = (tmp_path / category).glob("cifar10/nearest/*.json")
+        results[category] = {path.stem: json.loads(path.read_text()) for path in paths}
+    assert set(results["all"]) == set(CATEGORIES["cifar10"])
+    assert set(results["cat"]) == {"cat"}
+    for key in ("dataset", "category", "auroc", "memory"):
+        assert results["all"]["cat"][key] == results["cat"]["cat"][key]
+    assert len({result["auroc"] for result in results["all"].values()}) > 1
 
 
 def heights(svg):
