@@ -37,16 +37,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from vit import load_vit, not_finite
-from vitad import Distillation
+from vitad import AVERAGES, POS_EMBEDS, READINGS, Distillation
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 # Settings in which the parts of one run may differ: they change roundings at most.
 FREE_SETTINGS = ("out", "device", "compile", "eager", "cache", "deterministic", "checkpoint_every")
 MOST = 10**9  # of any whole number on a command line: more would overflow, or take for ever
 CHOICES = {
-    "distance": ["unit", "l2", "mse"],
-    "anchor": ["mean", "ema"],
-    "pos_embed": ["copy", "learn"],
+    "distance": list(READINGS),
+    "anchor": list(AVERAGES),
+    "pos_embed": list(POS_EMBEDS),
     "precision": ["fp32", "tf32", "bf16"],
 }
 # What of a config.json is read again, as `check_values` has it.

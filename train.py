@@ -47,10 +47,11 @@ from runs import CHOICES, UserError
 from vitad import FEW, LAM, LAYERS, TOP_K
 from weights.download import ensure_weights
 
-# Chosen on normal images alone: results/recipe.md.
+# How these were chosen: results/recipe.md.
 EPOCHS = 28
-LEAST_STEPS = 400  # for which few images need more epochs
-MUON_LR = 0.008  # up to DeiT-Tiny's width of 192
+LEAST_STEPS = 400  # a run of few images gets more epochs, until it has this many
+MUON_LR = 0.008  # up to NARROW
+NARROW = 192  # DeiT-Tiny's width
 LOG_EVERY = 10  # steps between lines of the log
 EVAL_BATCH = 32  # images at a time without gradient
 PLACES = ["device", "host", "disk", "off"]  # of the teacher's features
@@ -88,8 +89,8 @@ def option(default, text, choices=None):
 class Settings:
     """Every setting of a run. Each is an option of the command line.
 
-    None means: `parse` fills it in by data set and optimiser, or the run finds it out later. What
-    the precision "auto" is, `set_up` decides.
+    None means: `parse` fills it in by data set and optimiser, or the run finds it out later; of
+    `without`, that nothing is left out. What the precision "auto" is, `set_up` decides.
     """
 
     dataset: str = option("demo", "a protocol, your own pictures, or the demo", list(PER_DATASET))
@@ -99,19 +100,17 @@ class Settings:
         None, f"teacher: a converted file or a name (default {TEACHER}; demo demo_teacher)"
     )
     out: str = option("runs", "run folders are <out>/<dataset>/<category>/seed<seed>")
-    epochs: int = option(
-        None, f"default {EPOCHS}, and but for the demo at least {LEAST_STEPS} steps"
-    )
+    epochs: int = option(None, f"default {EPOCHS}, or more to reach {LEAST_STEPS} steps; demo 14")
     batch_size: int = option(None, f"images per step (default {per_dataset('batch_size')})")
     lr: float = option(
         None,
         f"peak learning rate (default muon {MUON_LR}, adamw 0.001, both less for a teacher wider "
-        f"than 192; sgd {per_dataset('lr')}); with muon see --lr-rest too",
+        f"than {NARROW}; sgd {per_dataset('lr')}); with muon see --lr-rest too",
     )
     lr_rest: float = option(
         None,
-        "with muon, of the weights that are no matrices of a block, which AdamW trains (default "
-        "--lr, but no more than 0.192 / D for a teacher of a width D beyond 192)",
+        "with muon, peak learning rate of what AdamW trains, all but the blocks' matrices (default "
+        f"--lr, but no more than 0.192 / D for a teacher of a width D beyond {NARROW})",
     )
     optimizer: str = option("muon", "sgd is the paper's and the slowest", ["sgd", "adamw", "muon"])
     momentum: float = option(0.9, "of sgd")
@@ -124,7 +123,9 @@ class Settings:
     lam: float = option(LAM, "lambda of Eq. 6")
     top_k: int = option(TOP_K, "k of Eq. 9, in patches")
     layers: tuple = option(LAYERS, "tapped blocks, counted from 0; the last is the anchor's")
-    distance: str = option("unit", "the norm of Eqs. 2, 3, 7, 8", CHOICES["distance"])
+    distance: str = option(
+        "unit", "the norm of Eqs. 2, 3, 7, 8; scales 4, 5 too", CHOICES["distance"]
+    )
     anchor: str = option("mean", "average of Eq. 1: of the first epoch, or EMA", CHOICES["anchor"])
     pos_embed: str = option(
         "copy", "the teacher's, frozen (Fig. 7, strategy 2), or learnt", CHOICES["pos_embed"]
@@ -147,7 +148,7 @@ class Settings:
     )
     compile: bool = option(False, "torch.compile the student and the losses")
     eager: bool = option(False, "on CUDA start each operation by itself, not a step as one graph")
-    checkpoint_every: float = option(60.0, "seconds between checkpoints for --resume")
+    checkpoint_every: float = option(60.0, "least seconds from one to the next, for --resume")
     deterministic: bool = option(
         False, "the same bits every time on CUDA too, at a fraction of the speed"
     )
@@ -191,7 +192,7 @@ def make_parser():
 
 
 def parse(argv):
-    """Command line -> (Settings, seeds, "resume", "overwrite" or None)."""
+    """Command line -> (Settings, seeds, existing); existing: "resume", "overwrite" or None."""
     arguments = vars(make_parser().parse_args(argv))
     existing = arguments.pop("existing")
     seeds = arguments.pop("seeds") or (arguments["seed"],)
@@ -351,7 +352,7 @@ class Training:
 
         Whatever can be wrong is found out before the folder changes.
         """
-        self.made = runs.provenance(self.device)
+        self.provenance = runs.provenance(self.device)
         if self.resume:
             config = runs.config_to_resume(self.folder, self.teacher.sha256)
             self.step = runs.load_checkpoint(
@@ -371,20 +372,21 @@ class Training:
                         f"got {now}: --overwrite starts again"
                     )
             log = [line for step, line in runs.read_log(self.log_file) if step <= self.step]
-            runs.resume_run(self.folder, config, self.made, log)
+            runs.resume_run(self.folder, config, self.provenance, log)
             return
         facts = {
             "settings": self.values,
             "teacher": {"sha256": self.teacher.sha256, **self.teacher.metadata},
         }
-        runs.begin_run(self.folder, {**facts, **self.resolved, **self.made})
+        runs.begin_run(self.folder, {**facts, **self.resolved, **self.provenance})
 
     def announce(self):
         teacher = self.teacher.metadata.get("name", self.settings.weights)
         megabytes = f"{self.cache.bytes / 1e6:,.0f} MB"
+        device = self.provenance["device"]
         print(
             f"{self.folder}: {len(self.kept)} normal images, {self.epochs} epochs of "
-            f"{self.steps_per_epoch} steps, on {self.made['device']} in {self.settings.precision}, "
+            f"{self.steps_per_epoch} steps, on {device} in {self.settings.precision}, "
             f"teacher {teacher}, its features ({megabytes}) kept: {self.cache.place}"
         )
         for note in self.notes():
@@ -423,7 +425,7 @@ class Training:
         """
         settings = self.settings
         size = settings.batch_size
-        take_step = self.step_by_graph()
+        take_step = self.choose_step()
         saved = time.monotonic()
         for epoch in range(self.step // self.steps_per_epoch + 1, self.epochs + 1):
             done = self.step % self.steps_per_epoch  # steps of this epoch, if it was interrupted
@@ -454,7 +456,7 @@ class Training:
                 if due or ended:  # the weights too: a step can break them after a finite loss
                     finite = finite and all(p.isfinite().all() for p in self.parameters)
                 if not finite:
-                    raise self.not_finite(epoch)
+                    raise self.not_finite_error(epoch)
                 if epoch_ends and len(self.held_out):
                     self.measure(progress, epoch)
                 progress.show(epoch_ends, ended)
@@ -490,8 +492,8 @@ class Training:
         at = index.to(self.images.device, non_blocking=True)  # else a GPU's step waits for it
         return self.images[at].to(self.device)
 
-    def step_by_graph(self):
-        """`take_step` as one graph where there is CUDA, or as it is.
+    def choose_step(self):
+        """`take_step`, or on CUDA a GraphedStep of it.
 
         With --deterministic as it is: what a graph does to the bits has not been tested. Not kept
         in `self`, to which it refers: without that cycle a run's memory is free once it has ended.
@@ -518,7 +520,7 @@ class Training:
             optimizer.step()
         return {name: x.detach() for name, x in terms.items()}
 
-    def not_finite(self, epoch):
+    def not_finite_error(self, epoch):
         """The error for a run whose loss or weights are infinite or not numbers."""
         saved = "nothing was saved before"
         if self.checkpoint.exists():
@@ -547,10 +549,8 @@ class Training:
         index = self.held_out if on_held_out else self.kept
         runs.set_tf32("fp32")  # whatever becomes a score is float32; the cache may hold bfloat16
         self.model.precision = "fp32"
-        parts = [self.model.compare(self.pictures(part)) for part in index.split(EVAL_BATCH)]
-        diffs = {c: torch.cat([part[c] for part, _ in parts]) for c in self.model.layers}
-        terms_of_s_a = [torch.cat(term) for term in zip(*(t for _, t in parts), strict=True)]
-        scores = self.model.calibrate(diffs, terms_of_s_a)
+        batches = (self.pictures(part) for part in index.split(EVAL_BATCH))
+        scores = self.model.calibrate(*self.model.compare_all(batches))
         facts = {"step": self.step, "delta": self.model.delta.item(), "images": len(index)}
         spread = {
             name: {"mean": x.mean().item(), "std": x.std(correction=0).item()}
@@ -606,12 +606,13 @@ def peak_learning_rates(settings, width):
 
     Where a sum is over more inputs, a step moves it farther: results/recipe.md, "Width".
     """
-    adamw = 1e-3 * min(1, 192 / width)  # AdamW moves each weight by about the learning rate
+    adamw = 1e-3 * min(1, NARROW / width)  # AdamW moves each weight by about the learning rate
     if settings.optimizer != "muon":
-        return settings.lr or adamw, None
+        return settings.lr or adamw, None  # `parse` has set SGD's
     # The largest singular value of Muon's step grows with the root of D.
-    muon = settings.lr or MUON_LR * min(1, math.sqrt(192 / width))
-    rest = settings.lr_rest or (muon if width <= 192 else min(muon, adamw))
+    muon = settings.lr or MUON_LR * min(1, math.sqrt(NARROW / width))
+    # With one rate for all of a wider teacher the loss jumps. A narrow one learns faster with one.
+    rest = settings.lr_rest or (muon if width <= NARROW else min(muon, adamw))
     return muon, rest
 
 
@@ -628,7 +629,7 @@ def schedule(step, steps, settings):
 
 
 def set_learning_rate(optimizers, share):
-    """Each optimiser's to a share of its peak, with which it was made."""
+    """Set each optimiser's rate to a share of the peak that it was made with."""
     for optimizer in optimizers:
         lr = share * optimizer.defaults["lr"]
         for group in optimizer.param_groups:
@@ -670,7 +671,7 @@ class Muon(torch.optim.Muon):
 
     def __init__(self, matrices, *, lr, weight_decay, bf16):
         super().__init__(matrices, lr, weight_decay)
-        self.orthogonalise = orthogonalise_bf16 if bf16 else orthogonalise
+        self.bf16 = bf16
 
     @torch.no_grad()
     def step(self):
@@ -681,7 +682,8 @@ class Muon(torch.optim.Muon):
                     by_shape[p.shape].append(p)
             for shape, matrices in by_shape.items():
                 averages = torch.stack([self.average(p, group) for p in matrices])
-                for p, update in zip(matrices, self.orthogonalise(averages, group), strict=True):
+                updates = orthogonalise(averages, group, self.bf16)
+                for p, update in zip(matrices, updates, strict=True):
                     if group["weight_decay"]:
                         p.mul_(1 - group["lr"] * group["weight_decay"])
                     as_large_as_adamws = 0.2 * math.sqrt(max(shape))  # torch's match_rms_adamw
@@ -696,16 +698,24 @@ class Muon(torch.optim.Muon):
         return p.grad.lerp(average, group["momentum"])
 
 
-def orthogonalise(x, group):
-    """Newton-Schulz: matrices (n, rows, columns) -> about U V^T for each matrix U S V^T.
-
-    A step is X <- P X with P = a + b A + c A^2 and A = X X^T, a small matrix. So the P of all steps
-    are multiplied with one another first, and with X once. The next A is P X X^T P^T = P A P.
-    """
-    a, b, c = group["ns_coefficients"]
+def orthogonalise(x, group, bf16):
+    """Matrices (n, rows, columns) -> about U V^T for each matrix U S V^T, by Newton-Schulz."""
     tall = x.shape[1] > x.shape[2]
     wide = x.mT if tall else x
+    if bf16:
+        wide = wide.bfloat16()
     wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=group["eps"])
+    wide = newton_schulz_bf16(wide, group) if bf16 else newton_schulz(wide, group)
+    return (wide.mT if tall else wide).float()
+
+
+def newton_schulz(wide, group):
+    """Steps X <- P X with P = a + b A + c A^2 and A = X X^T, a small matrix.
+
+    So the P of all steps are multiplied with one another first, and with X once. The next A is
+    P X X^T P^T = P A P.
+    """
+    a, b, c = group["ns_coefficients"]
     square = wide @ wide.mT
     product = None
     for left in reversed(range(group["ns_steps"])):
@@ -714,38 +724,34 @@ def orthogonalise(x, group):
         product = polynomial if product is None else polynomial @ product
         if left:
             square = polynomial @ square @ polynomial
-    wide = product @ wide
-    return wide.mT if tall else wide
+    return product @ wide
 
 
-def orthogonalise_bf16(x, group):
+def newton_schulz_bf16(wide, group):
     """The same, one step after the other, as torch does it.
 
     bfloat16 is too coarse for a product of polynomials.
     """
     a, b, c = group["ns_coefficients"]
-    tall = x.shape[1] > x.shape[2]
-    wide = (x.mT if tall else x).bfloat16()
-    wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=group["eps"])
     for _ in range(group["ns_steps"]):
         square = wide @ wide.mT
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)  # b A + c A^2
         wide = torch.baddbmm(wide, polynomial, wide, beta=a)
-    return (wide.mT if tall else wide).float()
+    return wide
 
 
 # ---------------------------------------------------------------------- a step as one graph of CUDA
 
 
 class GraphedStep:
-    """Steps of training on CUDA, each as one graph, which starts a step's operations by itself.
+    """A step of training, recorded once as a CUDA graph, then replayed.
 
-    A step has about 2,000 operations. Python takes several times as long to start them as the GPU
-    to do them. A graph repeats what was recorded, in the same memory. So it is for batches of one
-    size: a smaller one is a step as usual. So are the first few, in which torch sets itself up.
+    To start its 2,000 operations from Python takes several times as long as to run them. A graph
+    reads fixed memory, so a batch is copied there, and all have one size: a smaller one is a step
+    as usual. So are the first `WARM_UP`, in which torch sets itself up.
     """
 
-    FIRST = 3
+    WARM_UP = 3
 
     def __init__(self, take_step, optimizers, batch_size):
         self.take_step = take_step
@@ -761,7 +767,7 @@ class GraphedStep:
             return self.take_step(images, t)
         self.put_in_place(images, t)
         self.done += 1
-        if self.done <= self.FIRST:
+        if self.done <= self.WARM_UP:
             return self.on_another_stream()
         if self.graph is None:
             self.record()
@@ -813,7 +819,7 @@ class TeacherCache:
 
     n x layers x (1 + P) x D values of 4 bytes, or 2 under bf16, are kept in the first of `PLACES`
     that leaves half of what is free: the device's memory, the host's, a memory-mapped file in
-    `folder`, or nowhere. `place` forces one.
+    `folder`, or nowhere. `place` forces one. What other processes are about to take is not known.
     """
 
     def __init__(self, model, images, device, folder, place=None):
@@ -822,9 +828,8 @@ class TeacherCache:
         self.dtype = torch.bfloat16 if model.precision == "bf16" else torch.float32
         shape = (images, len(model.layers), 1 + config["grid"] ** 2, config["width"])
         self.bytes = math.prod(shape) * self.dtype.itemsize
-        for p in PLACES:
-            if place is None and self.bytes <= free_bytes(p, device, folder) / 2:
-                place = p
+        if place is None:  # "off" has room for all
+            place = next(p for p in PLACES if self.bytes <= free_bytes(p, device, folder) / 2)
         self.place = place
         self.known = torch.zeros(images, dtype=torch.bool)
         if place == "disk":
@@ -882,8 +887,23 @@ def available_memory():
     lines = info.read_text().splitlines() if info.is_file() else []
     for line in lines:
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
+            return min(int(line.split()[1]) << 10, left_in_control_groups())
     return 8 << 30
+
+
+def left_in_control_groups(own="/proc/self/cgroup", root="/sys/fs/cgroup"):
+    """What the limits of a container or of a Slurm job leave of main memory (cgroup v2)."""
+    left = math.inf
+    path = Path(own)
+    names = path.read_text().splitlines() if path.is_file() else []
+    for name in names:
+        group = Path(root, name.removeprefix("0::/"))  # of v1 there is no such folder
+        for folder in (group, *group.parents):  # each of them may have a limit
+            limit = folder / "memory.max"
+            if limit.is_file() and limit.read_text().strip() != "max":
+                used = int((folder / "memory.current").read_text())
+                left = min(left, int(limit.read_text()) - used)
+    return max(left, 0)
 
 
 # ---------------------------------------------------------------------------- the held-out distance
@@ -961,6 +981,7 @@ class Progress:
 
     def add(self, terms, images):
         """Take in one step. Nothing waits for the device."""
+        # Always a new tensor, since a graph overwrites its terms.
         self.sums = {name: self.sums.get(name, 0) + x for name, x in terms.items()}
         self.images += images
         self.count += 1

@@ -5,7 +5,7 @@ class token is put in front, a position embedding is added, and M encoder blocks
 et al. 2021, "An Image is Worth 16x16 Words"). Parameters carry timm's names, so that public
 checkpoints load strictly. `weights/convert.py` turns other layouts into this one.
 
-Shapes: B images, T = 1 + P tokens (class token first), D width, H heads, S pixels a side.
+Shapes: B images, N = 1 + P tokens (class token first), D width, H heads, S pixels a side.
 """
 
 import hashlib
@@ -63,11 +63,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x):
-        B, T, D = x.shape
-        qkv = self.qkv(x).reshape(B, T, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D/H)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, D/H)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+        B, N, D = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, D/H)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
 class Mlp(nn.Module):
@@ -204,7 +204,10 @@ class ViT(nn.Module):
         return features
 
     def classify(self, images):
-        """Prepared images (B, 3, S, S) -> logits (B, classes), from the last class token."""
+        """Prepared images (B, 3, S, S) -> logits (B, classes), from the last class token.
+
+        The method never classifies; tests compare logits with torchvision's.
+        """
         if self.head is None:
             raise ValueError("this ViT has no classifier head: its checkpoint came without one")
         last = len(self.blocks) - 1
@@ -212,6 +215,7 @@ class ViT(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------- loading
+# The network ends here. The rest checks a file that may be anything.
 
 
 def sha256(path):
@@ -238,9 +242,7 @@ def load_vit(path):
     values = {key: tensor.float() for key, tensor in tensors.items()}
     broken = not_finite(values)
     if broken:
-        raise ValueError(
-            f"{path}: expected finite weights, got {broken}: convert or download it again"
-        )
+        raise unfit(path, "finite weights", broken, "convert or download it again")
     vit.load_state_dict(values, strict=True, assign=True)
     vit.metadata = metadata
     vit.sha256 = sha256(path)
@@ -250,30 +252,30 @@ def load_vit(path):
 def read_weights(path):
     """A safetensors file -> ({name: tensor}, metadata)."""
     if not path.is_file():
-        raise ValueError(
-            f"{path}: expected a weights file, got no such file; "
-            f"weights/README.md says where to get one"
-        )
+        advice = "weights/README.md says where to get one"
+        raise unfit(path, "a weights file", "no such file", advice)
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("vitad", "{}")
             names = list(file.keys())
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        got = f"another kind of file: try python weights/convert.py {path}"
+        got, advice = "another kind of file", f"try python weights/convert.py {path}"
         if "incomplete" in str(error).lower() or "EOF" in str(error):
-            got = "a truncated one: copy or download it again"
-        raise ValueError(f"{path}: expected a safetensors file, got {got} ({error})") from None
+            got, advice = "a truncated one", "copy or download it again"
+        raise unfit(path, "a safetensors file", got, f"{advice} ({error})") from None
     try:
         metadata = json.loads(text)
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
-        raise ValueError(
-            f"{path}: expected metadata as a JSON object, got {text[:20]!r}: "
-            f"convert the original again"
-        )
+        raise unfit(path, "metadata as a JSON object", repr(text[:20]))
     return tensors, metadata
+
+
+def unfit(path, expected, got, advice="convert the original again"):
+    """The error of a file that does not fit, as one sentence for the user."""
+    return ValueError(f"{path}: expected {expected}, got {got}: {advice}")
 
 
 def not_finite(tensors):
@@ -296,21 +298,14 @@ def check_layout(path, tensors, metadata):
     }
     if not set(dimensions) <= set(tensors):
         first = min(tensors, default="no tensor")
-        raise ValueError(
-            f"{path}: expected vitad's key names, got another layout ({first}, ...): {convert}"
-        )
+        raise unfit(path, "vitad's key names", f"another layout ({first}, ...)", convert)
     known = {"mean", "std", "activation"} <= set(metadata)
     if not known or metadata["activation"] not in list(ACTIVATIONS):
-        raise ValueError(
-            f"{path}: expected mean, std and activation in the metadata, "
-            f"got a file that was not converted: {convert}"
-        )
+        expected = "mean, std and activation in the metadata"
+        raise unfit(path, expected, "a file that was not converted", convert)
     for key, ndim in {**dimensions, "head.weight": 2}.items():
         if key in tensors and tensors[key].ndim != ndim:
-            raise ValueError(
-                f"{path}: expected {key} with {ndim} dimensions, "
-                f"got {tuple(tensors[key].shape)}: convert the original again"
-            )
+            raise unfit(path, f"{key} with {ndim} dimensions", tuple(tensors[key].shape))
 
 
 def check_metadata(path, metadata):
@@ -332,9 +327,7 @@ def check_metadata(path, metadata):
     )
     for expected, got, holds in rules:
         if not holds:
-            raise ValueError(
-                f"{path}: expected {expected}, got {got!r}: convert the original again"
-            )
+            raise unfit(path, expected, repr(got))
 
 
 def config_of(path, tensors, metadata):
@@ -345,10 +338,8 @@ def config_of(path, tensors, metadata):
     width = tensors["cls_token"].shape[-1]
     heads = metadata.get("heads", max(width // 64, 1))
     if width % heads:
-        raise ValueError(
-            f"{path}: expected a width that {heads} heads divide, got {width}: "
-            f"convert the original again with --heads"
-        )
+        advice = "convert the original again with --heads"
+        raise unfit(path, f"a width that {heads} heads divide", width, advice)
     return {
         "width": width,
         "depth": len({key.split(".")[1] for key in tensors if key.startswith("blocks.")}),
@@ -370,23 +361,12 @@ def check_shapes(path, tensors, expected):
     for key, parameter in expected.items():
         shape = tuple(parameter.shape)
         if key not in tensors:
-            raise ValueError(
-                f"{path}: expected a tensor {key} of shape {shape}, got none: "
-                f"convert the original again"
-            )
+            raise unfit(path, f"a tensor {key} of shape {shape}", "none")
         if tensors[key].shape != parameter.shape:
-            raise ValueError(
-                f"{path}: expected {key} of shape {shape}, got {tuple(tensors[key].shape)}: "
-                f"convert the original again"
-            )
+            raise unfit(path, f"{key} of shape {shape}", tuple(tensors[key].shape))
         if not tensors[key].is_floating_point():
-            raise ValueError(
-                f"{path}: expected {key} as floating-point numbers, got {tensors[key].dtype}: "
-                f"convert the original again"
-            )
+            raise unfit(path, f"{key} as floating-point numbers", tensors[key].dtype)
     extra = sorted(set(tensors) - set(expected))
     if extra:
-        raise ValueError(
-            f"{path}: expected no tensors beyond the model's, got {', '.join(extra[:5])}: "
-            f"run python weights/convert.py {path}"
-        )
+        advice = f"run python weights/convert.py {path}"
+        raise unfit(path, "no tensors beyond the model's", ", ".join(extra[:5]), advice)

@@ -23,8 +23,12 @@ from torch import nn
 LAYERS = (3, 6, 9, 11)  # group_c of section 4.1, counted from 0: Eq. 4 counts c from 0 to M - 1
 TOP_K = 20  # k of Eq. 9, section 4.1
 LAM = 1.0  # lambda of Eq. 6, section 4.1
+READINGS = ("unit", "l2", "mse")  # of the norm, see `distance`
+AVERAGES = ("mean", "ema")  # see `Anchor`
+POS_EMBEDS = ("copy", "learn")  # see `Distillation`
+# Of `Normal`, which is not in the paper:
 LEAST_STD = 1e-6  # least standard deviation of Diff
-FEW = 5  # normal images: with fewer, the deviation of their scores is off by a third and more
+FEW = 5  # least number of normal images: of these a standard deviation is off by a third
 
 
 def distance(x, y, reading="unit"):
@@ -38,7 +42,9 @@ def distance(x, y, reading="unit"):
     The gradient at x = y is 0 under all three.
 
     Deviation: under `unit` ||x - y|| = sqrt(2 (1 - cos(x, y))). So Eqs. 3 and 8 are a monotone
-    function of the cosine alone, and the length of a token is not constrained.
+    function of the cosine alone, and the length of a token is not constrained. It is the default
+    since S_A has no say in the score under `mse`, and `l2` is far off the scale of Fig. 6
+    (results/recipe.md).
     """
     if reading == "unit":
         x = F.normalize(x, dim=-1)
@@ -140,6 +146,7 @@ def gram_loss(t, s, reading="unit"):
         gram_t = gram(t[c1], t[c2], reading)
         gram_s = gram(s[c1], s[c2], reading)
         difference = (gram_t - gram_s).flatten(1)  # (B, (1 + P)^2)
+        # Not square().mean().sqrt(), whose gradient at 0 is not finite.
         norm = torch.linalg.vector_norm(difference, dim=1) / difference.shape[1] ** 0.5  # (B,)
         if reading == "mse":
             norm = norm.square()
@@ -211,14 +218,15 @@ def student_t(df):
 
     Within 1 % from df = 5 on; 2 % too large at 3, 8 % at 2, 79 % at 1.
     """
-    normal = 2.3263 * (8 * df + 3) / (8 * df + 1)
-    return math.sqrt(df * math.expm1(normal**2 / df))
+    z = 2.3263 * (8 * df + 3) / (8 * df + 1)
+    return math.sqrt(df * math.expm1(z**2 / df))
 
 
 def heat(diffs):
     """Where the score comes from: Diff of Eq. 8 of each patch, summed over the layers.
 
-    {c: Diff_c (B, 1 + P)} -> (B, P). Layers with fewer patches are enlarged to the finest grid.
+    {c: Diff_c (B, 1 + P)} -> (B, P). A ViT's layers have one grid; of a CNN (ablations/) the
+    smaller ones are enlarged to the finest.
     """
     maps = []
     for d in diffs.values():
@@ -296,8 +304,9 @@ class Distillation(nn.Module):
     precision: "bf16" runs both networks under autocast; weights, losses, scores stay float32.
 
     `calibrate` sets the rest, by normal images. delta: the threshold of Eq. 10. heat_scale: two
-    values, the median heat of a patch, and the `threshold` of each image's hottest patch. Both are
-    NaN before. normal: see `Normal`; None before, and with fewer than `FEW` images.
+    values, the median heat of a patch, and the `threshold` of each image's hottest patch. Before,
+    delta and heat_scale are NaN. normal: see `Normal`; None before, and with fewer than `FEW`
+    images.
     """
 
     def __init__(
@@ -313,6 +322,8 @@ class Distillation(nn.Module):
         without=(),
     ):
         super().__init__()
+        assert reading in READINGS and anchor in AVERAGES and pos_embed in POS_EMBEDS
+        assert set(without) <= {"anchor", "gram"}
         self.layers = tuple(layers)
         self.reading = reading
         self.lam = lam
@@ -394,6 +405,13 @@ class Distillation(nn.Module):
         last = self.layers[-1]
         return diffs, score_a(t[last][:, 0], s[last][:, 0], self.anchor.value, self.reading)
 
+    def compare_all(self, batches):
+        """What `compare` returns of batches of images, put together."""
+        parts = [self.compare(images) for images in batches]
+        diffs = {c: torch.cat([d[c] for d, _ in parts]) for c in self.layers}
+        teacher, student = zip(*(terms for _, terms in parts), strict=True)
+        return diffs, (torch.cat(teacher), torch.cat(student))
+
     def scores(self, images, t=None):
         """uint8 images (B, 3, size, size) -> the score of Eq. 10 and its parts, (B,) each.
 
@@ -404,7 +422,7 @@ class Distillation(nn.Module):
         return self.scores_of(*self.compare(images, t))
 
     def scores_of(self, diffs, terms_of_s_a):
-        """What `compare` returned -> the scores, see `scores`."""
+        """What `compare` returns -> the scores, see `scores`."""
         cls, patches = score_d(diffs, self.top_k)
         a_teacher, a_student = terms_of_s_a
         parts = {
@@ -418,7 +436,7 @@ class Distillation(nn.Module):
         return scores
 
     def calibrate(self, diffs, terms_of_s_a):
-        """Set delta, heat_scale and normal by what `compare` returned of normal images.
+        """Set delta, heat_scale and normal by what `compare_all` returns of normal images.
 
         -> their scores, see `scores`.
         """

@@ -40,9 +40,8 @@ SCORE = "S_D + S_A (Eq. 10)"
 
 def score_parts(model, images, batch_size=32):
     """-> {c: Diff_c of Eq. 8 (n, 1 + P)}, and S_A (n,)."""
-    parts = [model.compare(batch) for batch in images.split(batch_size)]
-    diffs = {c: torch.cat([part[c] for part, _ in parts]).cpu() for c in model.layers}
-    return diffs, torch.cat([sum(terms) for _, terms in parts]).cpu()
+    diffs, terms_of_s_a = model.compare_all(images.split(batch_size))
+    return {c: d.cpu() for c, d in diffs.items()}, sum(terms_of_s_a).cpu()
 
 
 def variants(diffs, s_a, top_k):

@@ -92,9 +92,7 @@ def test_a_step_of_training_and_scoring(precision, reading, images):
     assert {x.dtype for x in t.values()} == {torch.float32}
     scores = model.scores(images)
     assert devices(*scores.values(), *model.scores(images, t).values()) == {"cuda"}
-    parts = [model.compare(images) for _ in range(vitad.FEW)]
-    diffs = {c: torch.cat([part[c] for part, _ in parts]) for c in model.layers}
-    model.calibrate(diffs, [torch.cat(term) for term in zip(*(t for _, t in parts), strict=True)])
+    model.calibrate(*model.compare_all([images] * vitad.FEW))
     assert devices(model.delta, model.heat_scale, *model.normal.buffers()) == {"cuda"}
     assert devices(*model.scores(images).values()) == {"cuda"}
     assert devices(train.measure_held_out(model, [(images, t)])) == {"cuda"}

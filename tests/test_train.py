@@ -79,6 +79,13 @@ def test_free_bytes(tmp_path):
     if "SC_PHYS_PAGES" in os.sysconf_names:
         assert train.available_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert train.free_bytes("disk", "cpu", tmp_path) > 0
+    assert train.left_in_control_groups(tmp_path / "none", tmp_path) == math.inf
+    for name, limit in (("job", "9000"), ("job/step", "max"), ("job/step/task", "max")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / name / "memory.current").write_text("2000\n")
+    (tmp_path / "own").write_text("1:memory:/other\n0::/job/step/task\n")
+    assert train.left_in_control_groups(tmp_path / "own", tmp_path) == 7000
     assert train.free_bytes("off", "cpu") == math.inf
 
 
@@ -205,7 +212,7 @@ def test_orthogonalise_keeps_the_directions_and_levels_the_sizes():
     group = torch.optim.Muon([torch.nn.Parameter(torch.zeros(2, 2))]).param_groups[0]
     for x in gradients[0]:
         U, S, Vh = torch.linalg.svd(x, full_matrices=False)
-        [result] = train.orthogonalise(x[None], group)
+        [result] = train.orthogonalise(x[None], group, bf16=False)
         sizes = U.T @ result @ Vh.T
         assert S.max() / S.min() > 2 and (sizes - torch.diag(sizes.diag())).abs().max() < 1e-4
         assert sizes.diag().min() > 0.6 and sizes.diag().max() < 1.3
@@ -273,7 +280,7 @@ def test_a_graph_is_for_full_batches_after_the_first():
 def test_where_steps_are_graphs(device, options, graphed):
     run = train.Training.__new__(train.Training)
     run.device, run.settings, run.optimizers = device, train.Settings(**options), []
-    assert isinstance(run.step_by_graph(), train.GraphedStep) == graphed
+    assert isinstance(run.choose_step(), train.GraphedStep) == graphed
 
 
 def test_a_graph_is_recorded_on_the_device_that_was_asked_for(monkeypatch):
@@ -295,7 +302,7 @@ def test_a_run_that_has_ended_takes_no_memory(tmp_path):
         run = train.Training(settings, teacher, device, resume=False)
         run.folder.mkdir(parents=True)
         run.build_model()
-        take_step = run.step_by_graph()
+        take_step = run.choose_step()
         features = weakref.ref(run.cache.store)
         del run, take_step
         assert features() is None

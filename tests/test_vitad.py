@@ -388,6 +388,8 @@ def test_scores_do_not_depend_on_the_batch():
     together = model.scores(IMAGES)["score"]
     alone = torch.cat([model.scores(image[None])["score"] for image in IMAGES])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+    all_parts = model.compare_all(IMAGES.split(2))
+    torch.testing.assert_close(model.scores_of(*all_parts)["score"], together, rtol=1e-5, atol=0)
 
 
 def test_calibration_of_the_heat():
@@ -451,8 +453,7 @@ def test_learned_state_carries_all_that_scoring_needs():
     assert model.normal is None and "score_d_standardised" not in model.scores(IMAGES)
     other.load_learned_state(model.learned_state())  # a run that too few images calibrated
     assert other.normal is None
-    parts = [model.compare(IMAGES) for _ in range(vitad.FEW)]
-    diffs = {c: torch.cat([part[c] for part, _ in parts]) for c in model.layers}
+    diffs, _ = model.compare_all([IMAGES] * vitad.FEW)
     model.normal = vitad.Normal.of(diffs)
     state = model.learned_state()
     assert not any(key.startswith("teacher.") for key in state)
