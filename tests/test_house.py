@@ -17,6 +17,7 @@ OURS = {path.stem for path in FILES} | set(PACKAGES)
 PAGES = [
     "README.md",
     "results/README.md",
+    "results/anatomy.md",
     "results/recipe.md",
     "results/speed.md",
     "results/choices.md",
@@ -147,6 +148,19 @@ def test_a_tables_head_stands_on_its_rule(page):
 def test_relative_links_lead_to_files(page):
     for link in re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text()):
         assert "://" in link or (ROOT / Path(page).parent / link).exists(), link
+
+
+def anchors(page):
+    """What GitHub makes of a page's headings."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_into_pages_lead_to_headings(page):
+    for link, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", (ROOT / page).read_text()):
+        target = ROOT / Path(page).parent / link if link else ROOT / page
+        assert anchor in anchors(target), f"{link}#{anchor}"
 
 
 def test_the_equation_table_names_what_there_is():
