@@ -13,10 +13,9 @@ resized directly to S x S (bicubic, antialiased), once, and kept in a memory-map
 `ViT.prepare` does the rest on the device: resizing small ones and normalising.
 """
 
+import contextlib
 import difflib
 import hashlib
-import io
-import math
 import sys
 import threading
 import warnings
@@ -142,14 +141,15 @@ def find_category(dataset, text):
     """A category by its name (in any case, "_" for other signs) or by its place in CATEGORIES."""
     known = CATEGORIES[dataset]
     names = {slug(name).lower(): name for name in known}
-    names |= {str(i): name for i, name in enumerate(known)}
     wanted = slug(text).lower()
     if wanted in names:
         return names[wanted]
+    if wanted.isdecimal() and int(wanted) < len(known):
+        return known[int(wanted)]
     others = [
         other for other in CATEGORIES if wanted in {slug(c).lower() for c in CATEGORIES[other]}
     ]
-    near = [] if text.isdigit() else difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
     if near:
         hint = f"did you mean {' or '.join(names[name] for name in near)}?"
     elif others:
@@ -164,6 +164,7 @@ def find_category(dataset, text):
 
 def train_split(dataset, root, category, size=224):
     """The normal training images of a run. size: pixels a side, but for small sets and the demo."""
+    check_place(dataset, root, category)
     if dataset == "demo":
         return demo_split(train=True)
     if dataset in SMALL:
@@ -185,6 +186,7 @@ def test_split(dataset, root, category, size=224, skip_bad=False):
     """The labelled test images of a run. skip_bad leaves out files that do not decode."""
     if dataset not in CATEGORIES:
         raise UserError(f"dataset: expected one of {', '.join(CATEGORIES)}, got {dataset!r}")
+    check_place(dataset, root, category)
     if dataset == "demo":
         return demo_split(train=False)
     if dataset in SMALL:
@@ -199,7 +201,8 @@ def test_split(dataset, root, category, size=224, skip_bad=False):
     paths = [path for kind in kinds for path in images_in(kind)]
     skipped = {}
     if skip_bad:
-        reasons = {path: why_unreadable(path) for path in paths}
+        with ThreadPoolExecutor() as pool:
+            reasons = dict(zip(paths, pool.map(why_unreadable, paths), strict=True))
         skipped = {path: why for path, why in reasons.items() if why}
     paths = [path for path in paths if path not in skipped]
     for path in paths:
@@ -218,6 +221,14 @@ def test_split(dataset, root, category, size=224, skip_bad=False):
         masks=read_masks(folder, paths, size),
         files=paths,
     )
+
+
+def check_place(dataset, root, category):
+    """Refuse what a config.json that was edited may name."""
+    if CATEGORIES[dataset] and category not in CATEGORIES[dataset]:
+        raise UserError(f"category: expected one of {dataset}, got {category!r}")
+    if root is None and dataset != "demo":
+        raise UserError("data_root: expected a folder, got none: name it with --data-root")
 
 
 def check_name(path):
@@ -372,9 +383,9 @@ def image_size(path):
     """(width, height) of an image file upright, from its header; None if it does not open."""
     try:
         with open_image(path) as image:
-            # A PNG that has none before its pixels would be decoded in search of it.
-            known = image.format != "PNG" or "exif" in image.info
-            orientation = image.getexif().get(ExifTags.Base.Orientation) if known else None
+            # Of a PNG without EXIF data before its pixels Pillow would decode all in search of it.
+            cheap = image.format != "PNG" or "exif" in image.info
+            orientation = image.getexif().get(ExifTags.Base.Orientation) if cheap else None
             turned = orientation in (5, 6, 7, 8)  # by 90 degrees
             return image.size[::-1] if turned else image.size
     except Exception:  # as in `read_image`
@@ -444,32 +455,23 @@ def decode(folder, paths, size):
     names = [path.relative_to(folder).as_posix() for path in paths]
     side = (size, size) if size else read_image(paths[0], None).shape[:2]
     shape = (len(paths), 3, *side)
-    header = io.BytesIO()
-    layout = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, layout)
     cache = cache_file(folder, paths, shape)
-    if not is_whole(cache, header.getvalue(), math.prod(shape)):
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(cache) as temporary, open(temporary, "wb") as file:
-                file.write(header.getvalue())
-                for image in decoded(paths, size, shape[1:]):
-                    file.write(image)
-        except OSError as error:
-            print(
-                f"note: no cache at {cache.parent} ({error.strerror}): the images stay in memory",
-                file=sys.stderr,
-            )
-            return torch.from_numpy(np.stack(list(decoded(paths, size, shape[1:])))), names
+    with contextlib.suppress(OSError, EOFError, ValueError):  # not there, or damaged
+        return torch.from_numpy(np.load(cache, mmap_mode="c")), names
+    layout = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(cache) as temporary, open(temporary, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, layout)
+            for image in decoded(paths, size, shape[1:]):
+                file.write(image)
+    except OSError as error:
+        print(
+            f"note: no cache at {cache.parent} ({error.strerror}): the images stay in memory",
+            file=sys.stderr,
+        )
+        return torch.from_numpy(np.stack(list(decoded(paths, size, shape[1:])))), names
     return torch.from_numpy(np.load(cache, mmap_mode="c")), names
-
-
-def is_whole(cache, header, size):
-    """Is the cache there, with this header and as many bytes of images?"""
-    if not cache.is_file() or cache.stat().st_size != len(header) + size:
-        return False
-    with open(cache, "rb") as file:
-        return file.read(len(header)) == header
 
 
 def cache_file(folder, paths, shape):
@@ -498,4 +500,5 @@ def decoded(paths, size, shape):
         return image
 
     with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter's lock
-        yield from pool.map(decode_one, paths)
+        for i in range(0, len(paths), 256):  # all at once would fill the memory
+            yield from pool.map(decode_one, paths[i : i + 256])

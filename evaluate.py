@@ -22,10 +22,10 @@ if __name__ == "__main__":
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import contextlib
-import csv
 import itertools
 import json
 import math
+import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,20 +255,26 @@ def score_together(jobs, device, batch_size):
         job.scores = {name: torch.cat([part[name] for part in collected]) for name in collected[0]}
 
 
+def is_scored(run, config):
+    """Whether a run has a result, of the model that is there."""
+    path = run / "result.json"
+    if not path.is_file():
+        return False
+    return runs.read_json(path, {"trained": dict})["trained"].get("date") == config["date"]
+
+
 def write_result(scored, device):
     """A run's scores.csv and result.json; -> the result."""
     run, split, scores = scored.run, scored.split, scored.scores
     result = {**summarise(scored), **summarise_standardised(scored), **runs.provenance(device)}
-    columns = [name for name in SCORES if name in scores]
-    with (
-        runs.atomic(run / "scores.csv") as path,
-        open(path, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("image", "label", *columns))
-        for i, name in enumerate(split.names):
-            values = [f"{scores[column][i]:.9g}" for column in columns]
-            writer.writerow((name, split.labels[i], *values))
+    columns = {"image": split.names, "label": split.labels}
+    for name in SCORES:
+        if name in scores:
+            columns[name] = [f"{value:.9g}" for value in scores[name]]
+    rows = (
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    )
+    runs.write_csv(run / "scores.csv", columns, rows)
     runs.write_text(run / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
@@ -374,18 +380,19 @@ def score_images(run, model, paths, *, batch_size, skip_bad, standardised, as_js
         gallery = pictures.Gallery(heatmaps, str(run), deltas["delta"], model.heat_scale.tolist())
     if not as_json:
         print(f"{'score':>9} {'delta':>9} verdict    image")
-    any_anomalous = False
+    any_decoded = any_anomalous = False
     for start in range(0, len(files), batch_size):
         batch = files[start : start + batch_size]
         decoded = list(decode_pictures(batch, model.teacher.image_size, skip_bad))
         if not decoded:
             continue
+        any_decoded = True
         images = np.stack([image for _, image in decoded])
         scores = model.scores(torch.from_numpy(images).permute(0, 3, 1, 2))
         for i, (file, _) in enumerate(decoded):
             values = {name: float(x[i]) for name, x in scores.items() if name != "heat"}
             anomalous = values[column] >= threshold  # Eq. 10
-            any_anomalous = any_anomalous or anomalous
+            any_anomalous |= anomalous
             if as_json:
                 line = {"image": str(file), "anomalous": anomalous, **deltas, **values}
                 print(json.dumps(line), flush=True)
@@ -394,6 +401,8 @@ def score_images(run, model, paths, *, batch_size, skip_bad, standardised, as_js
                 print(f"{values[column]:9.3f} {threshold:9.3f} {verdict:9}  {file}", flush=True)
             if gallery:
                 gallery.add(str(file), read_image(file, None), scores["heat"][i].cpu(), values)
+    if not any_decoded:
+        raise UserError(f"{paths[0]}: expected pictures that decode, got none: see above")
     if gallery:
         print(f"heat maps: {gallery.close()}", file=sys.stderr)
     return any_anomalous
@@ -415,9 +424,9 @@ def decode_pictures(files, size, skip_bad):
 
 
 def mean(values):
-    """The mean of what is known; None if nothing is."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    """None if one of the values is not known."""
+    values = list(values)
+    return None if None in values else statistics.fmean(values)
 
 
 def table(results):
@@ -593,8 +602,8 @@ def score_runs(args, folders, device, weights):
     """The test splits of runs, from the command line."""
     todo = [(run, runs.read_config(run)) for run in folders]
     drawn = args.heatmaps or args.show_failures or args.plot
-    if args.report and not drawn:  # runs that have a result are not scored again
-        todo = [(run, config) for run, config in todo if not (run / "result.json").is_file()]
+    if args.report and not drawn:
+        todo = [(run, config) for run, config in todo if not is_scored(run, config)]
     results = []
     for scored in evaluate(
         todo,

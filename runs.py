@@ -16,6 +16,7 @@ import errno
 import functools
 import importlib.metadata
 import json
+import math
 import operator
 import os
 import platform
@@ -274,11 +275,13 @@ def check_values(path, values, expected):
     """Refuse a JSON object without these values. expected: {name: type, or list of choices}."""
     for name, kind in expected.items():
         value = values.get(name)
-        words = f"as one of {', '.join(kind)}" if isinstance(kind, list) else f"as {words_of(kind)}"
-        holds = value in kind if isinstance(kind, list) else isinstance(value, kind)
+        if isinstance(kind, list):
+            words, holds = f"one of {', '.join(kind)}", value in kind
+        else:
+            words, holds = getattr(kind, "__name__", str(kind)), isinstance(value, kind)
         if name not in values or not holds:
             got = repr(value) if name in values else "none"
-            raise UserError(f"{path}: expected {name} {words}, got {got}: make it again")
+            raise UserError(f"{path}: expected {name} as {words}, got {got}: make it again")
 
 
 def read_csv(path, columns):
@@ -290,15 +293,27 @@ def read_csv(path, columns):
             whole = all(None not in (*row, *row.values()) for row in rows)
             if whole and reader.fieldnames == list(columns):
                 return rows
-            got = "a row cut short" if reader.fieldnames == list(columns) else "others"
+            got = "others"
+            if reader.fieldnames == list(columns):
+                got = "a row of another length"
     except (ValueError, csv.Error) as error:
         got = error
     raise UserError(f"{path}: expected the columns {', '.join(columns)}, got {got}: make it again")
 
 
-def words_of(kind):
-    """A type as a word: str -> "str", str | None -> "str | None"."""
-    return getattr(kind, "__name__", str(kind))
+def write_csv(path, columns, rows):
+    """A table of dicts, whole or not at all."""
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def is_number(text):
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 # ----------------------------------------------------------------------------------- a run's folder
@@ -372,7 +387,7 @@ def cache_folder():
 
 
 def is_locked(run):
-    """Whether another process has the run folder. Asking changes nothing in it."""
+    """Whether another process has the run folder. To ask takes its lock for a moment."""
     path = run / ".lock"
     if fcntl is None or not path.is_file():
         return False
@@ -406,7 +421,10 @@ def is_complete(run, settings, existing, locked=False):
 
 
 def differences(before, settings):
-    """In which settings (a dict) a run differs from those that a file holds, as texts."""
+    """In which settings (a dict) a run differs from those that a file holds, as texts.
+
+    One that an older file does not hold counts as equal.
+    """
     now = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     return [
         f"{name} {before[name]} -> {value}"
@@ -462,7 +480,7 @@ def resume_run(run, config, made, log):
 def remove_half_written(run):
     """Files that a killed run was writing: names of `atomic`, and safetensors' own."""
     for path in [*run.glob(".*.tmp"), *run.glob(".tmp*")]:
-        path.unlink()
+        path.unlink(missing_ok=True)  # evaluate.py may rename its own meanwhile
 
 
 def read_config(run):
@@ -471,6 +489,7 @@ def read_config(run):
     config = read_json(path, CONFIG)
     settings = config["settings"]
     check_values(path, config["teacher"], {"sha256": str})
+    check_values(path, {"name": None, **config["teacher"]}, {"name": str | None})
     check_values(path, settings, SETTINGS)
     if "precision" in settings:
         check_values(path, settings, {"precision": CHOICES["precision"]})
@@ -504,9 +523,10 @@ def provenance(device):
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("torchvision", "numpy", "safetensors"):
         versions[name] = importlib.metadata.version(name)
-    device_name = f"{device}, {torch.get_num_threads()} threads"
     if "cuda" in device:
         device_name = torch.cuda.get_device_name(device)
+    else:
+        device_name = f"{device}, {torch.get_num_threads()} threads"
     now = datetime.datetime.now(datetime.UTC)
     return {
         "versions": versions,
@@ -592,7 +612,7 @@ def load_teacher(weights):
 
 
 def check_teacher(settings, teacher, where=flag):
-    """Refuse blocks or patches that the teacher does not have. where: of a setting's name."""
+    """Refuse blocks or patches that the teacher does not have. where(name): as the error has it."""
     limits = (
         ("layers", settings["layers"][-1], 0, len(teacher.blocks) - 1),
         ("top_k", settings["top_k"], 1, teacher.config["grid"] ** 2),
@@ -637,8 +657,7 @@ def load(run, weights=None, device=None, precision="fp32", teacher=None):
             f"sha256 {expected[:12]}..., got {teacher.sha256[:12]}...: "
             f"name the right file with --weights"
         )
-    path = Path(run) / "config.json"
-    check_teacher(config["settings"], teacher, lambda name: f"{path}: {name}")
+    check_teacher(config["settings"], teacher, lambda name: f"{run}/config.json: {name}")
     model = build(teacher, config["settings"], precision)
     path = Path(run) / "model.safetensors"
     try:

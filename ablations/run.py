@@ -17,7 +17,6 @@ if __name__ == "__main__":
     # See train.py: threads that wait for each other should not spin for long.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-import csv
 import itertools
 import statistics
 import sys
@@ -31,10 +30,9 @@ import runs
 import train
 from ablations import backbones
 from data import CATEGORIES, find_category
-from evaluate import evaluate, report_and_go_on, write_result
-from results.curves import is_number
+from evaluate import evaluate, is_scored, report_and_go_on, write_result
 from results.pictures import grouped_bars
-from results.report import NAMES, cell, read_result, row
+from results.report import NAMES, cell, mean_and_spread, read_result, row
 from runs import UserError
 from weights.download import ensure_weights
 
@@ -168,12 +166,17 @@ def load_teacher(backbone, weights, image_size):
 
 
 def check_options(figure, request):
-    """Refuse options that would make a variant another one."""
+    """Refuse options that would make a variant another one, and to overwrite what figures share."""
     for name, _ in FIGURES[figure].variants:
         variant = VARIANTS[name]
         own = ["--dataset", FIGURES[figure].dataset, "--category", request.categories[0]]
         own += variant.options
-        plain, given = (train.parse([*own, *more])[0] for more in ((), request.options))
+        plain, _, _ = train.parse(own)
+        given, _, existing = train.parse([*own, *request.options])
+        if existing == "overwrite":
+            raise UserError(
+                "--overwrite: expected none, since figures share runs: use another --out"
+            )
         fixed = ["dataset", "category", "without", "pos_embed"]
         if variant.backbone != "vit":
             fixed.append("cache")
@@ -195,11 +198,7 @@ def run_variant(name, dataset, request):
     if variant.backbone != "vit" and request.image_size != 224:
         folder += f"_{request.image_size}px"
     own = ["--dataset", dataset, "--category", request.categories[0], "--weights", str(path)]
-    settings, _, existing = train.parse([*own, *variant.options, *request.options])
-    if existing == "overwrite":
-        raise UserError(
-            "--overwrite: expected none, since these runs are shared: use another --out"
-        )
+    settings, _, _ = train.parse([*own, *variant.options, *request.options])
     settings = replace(settings, out=str(Path(settings.out) / "ablations" / folder))
     settings, device = train.set_up(settings)
     runs.check_teacher(asdict(settings), teacher)
@@ -214,13 +213,12 @@ def run_variant(name, dataset, request):
             f"{name}: expected runs that no other process trains, got {', '.join(left)}: "
             f"give the command again when they are complete"
         )
-    unscored = [
-        (run, runs.read_config(run)) for run in folders if not (run / "result.json").is_file()
-    ]
+    configs = {run: runs.read_config(run) for run in folders}
+    unscored = [(run, config) for run, config in configs.items() if not is_scored(run, config)]
     for scored in evaluate(unscored, device, teacher=teacher):
         with report_and_go_on(unscored):
             write_result(scored, device)
-    if not all((run / "result.json").is_file() for run in folders):
+    if not all(is_scored(run, config) for run, config in configs.items()):
         raise UserError(f"{name}: some of its runs could not be scored, for the reasons above")
     results = [read_result(run / "result.json") for run in folders]
     for run, result in zip(folders, results, strict=True):
@@ -249,7 +247,7 @@ def read_csv(figure, request):
     rows = runs.read_csv(path, COLUMNS)
     rows = [r for r in rows if (r["category"], r["seed"]) in wanted]
     for r in rows:
-        if not is_number(r["value"]):
+        if not runs.is_number(r["value"]):
             raise UserError(f"{path}: expected numbers as value, got {r['value']!r}: make it again")
     complete = len(rows) == len(wanted) * len(FIGURES[figure].variants)
     return rows if complete else []
@@ -258,19 +256,17 @@ def read_csv(figure, request):
 def make(figure, request):
     """Run what a figure compares, write its CSV, table and chart; -> the rows of the CSV."""
     names = [name for name, _ in FIGURES[figure].variants]
+    for part in PARTS_OF_5 if figure == "5" else (figure,):
+        check_options(part, request)
     if figure == "5":
         parts = [r for part in PARTS_OF_5 for r in read_csv(part, request) or make(part, request)]
         rows = [r for name in names for r in parts if r["variant"] == name]
     else:
-        check_options(figure, request)
         rows = []
         for name in names:
             rows += csv_rows(name, run_variant(name, FIGURES[figure].dataset, request))
     path = request.results / f"figure_{figure}.csv"
-    with runs.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    runs.write_csv(path, COLUMNS, rows)
     rows = read_csv(figure, request)
     runs.write_text(path.with_suffix(".md"), table(figure, rows))
     runs.write_text(path.with_suffix(".svg"), bars(figure, rows))
@@ -354,9 +350,7 @@ def bars(figure, rows):
     series = {}
     for name, _ in FIGURES[figure].variants:
         of_groups = [list(seed_means(rows, name, category).values()) for category in groups]
-        series[name] = [
-            (statistics.fmean(x), statistics.stdev(x) if len(x) > 1 else 0) for x in of_groups
-        ]
+        series[name] = [mean_and_spread(x) for x in of_groups]
     names = [category or "mean" for category in groups]
     return grouped_bars(f"Figure {figure}", names, series, FILLS)
 
@@ -382,7 +376,7 @@ def parse(argv):
     dataset = FIGURES[args.figure].dataset
     categories = list(CATEGORIES[dataset])
     if not SIZES[0] <= args.image_size <= SIZES[1]:
-        sizes = "{} to {}".format(*SIZES)
+        sizes = f"{SIZES[0]} to {SIZES[1]}"
         raise UserError(f"--image-size: expected {sizes}, got {args.image_size}")
     if args.categories is not None:  # one that is named twice is run once
         named = [find_category(dataset, name) for name in args.categories.split(",")]

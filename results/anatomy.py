@@ -64,10 +64,12 @@ def variants(diffs, s_a, top_k):
     return scores
 
 
-def held_out_diffs(model, config):
+def held_out_diffs(run, model, config):
     """{c: Diff_c (n, 1 + P)} of the normal images that training held out, or None."""
     settings = config["settings"]
-    if not settings.get("holdout"):
+    kept = {"holdout": 0, **settings}  # an older run has none
+    runs.check_values(Path(run) / "config.json", kept, {"holdout": int | float})
+    if not kept["holdout"]:
         return None
     place = (settings["dataset"], settings["data_root"], settings["category"])
     images = train_split(*place, model.teacher.image_size).images
@@ -115,8 +117,7 @@ def on_the_defect(diffs, masks, chosen, top_k):
     if not chosen.any():
         return {}
     side = math.isqrt(next(iter(diffs.values())).shape[1] - 1)
-    touched = [F.adaptive_max_pool2d(mask[None].float(), side).flatten(1) for mask in masks]
-    touched = torch.cat(touched)[chosen]  # (images, P)
+    touched = F.adaptive_max_pool2d(masks[chosen].float(), side).flatten(1)  # (images, P)
     shares = {"all patches": 100 * touched.mean().item()}
     for c, d in diffs.items():
         hottest = d[chosen, 1:].topk(top_k, dim=1).indices
@@ -191,7 +192,7 @@ def main(argv):
         teacher = model.teacher
         config = runs.read_config(run)
         settings.append(config["settings"])
-        normals.append(held_out_diffs(model, config))
+        normals.append(held_out_diffs(run, model, config))
         columns.append(column(settings[-1], model, normals[-1]))
     names = [f"{run.parent.name} {run.name}" for run in args.runs]
     print(f"| score | {' | '.join(names)} |")
@@ -205,7 +206,9 @@ def main(argv):
             labels = columns[group[0]][2]
             which = ", ".join(names[i] for i in group)
             print(f"\n{SCORE}, the mean of {which}: {auroc(mean, labels):.2f}")
-    if None not in normals:
+    if None in normals:
+        print("\nNo table of Diff on normal images: a run has none held out.")
+    else:
         print(f"\n{noise_table(names, normals, settings)}")
 
 

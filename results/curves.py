@@ -11,8 +11,6 @@ layer), the mean training loss since the log's line before. No test image has a 
 if __name__ == "__main__":
     import _root  # noqa: F401 (the top of the project goes onto the path)
 
-import csv
-import io
 import json
 import math
 import sys
@@ -35,13 +33,15 @@ SETTINGS = (
     "holdout",
     "warmup",
     "decay",
+    "precision",
 )
 # Runs that differ in these too are not for the table.
 OTHERS = ("distance", "anchor", "pos_embed", "without", "lam", "momentum", "clip_grad")
-MEASURED = ("epochs", "step", "held_out_mean", "block3", "block6", "block9", "block11", "loss")
+BLOCKS = [3, 6, 9, 11]
+OF_BLOCKS = tuple(f"block{c}" for c in BLOCKS)
+MEASURED = ("epochs", "step", "held_out_mean", *OF_BLOCKS, "loss")
 RATES = ("lr", "lr_rest")  # the second: of what AdamW trains beside Muon
 COLUMNS = ("teacher", *SETTINGS, *RATES, *MEASURED, "commit")
-BLOCKS = [3, 6, 9, 11]
 FIRST = 100
 COLOURS = {"sgd": "#7f7f7f", "adamw": "#1f77b4", "muon": "#d62728"}
 
@@ -49,17 +49,10 @@ COLOURS = {"sgd": "#7f7f7f", "adamw": "#1f77b4", "muon": "#d62728"}
 def read_table():
     rows = runs.read_csv(TABLE, COLUMNS)
     for row in rows:
-        numbers = row["step"].isdecimal() and is_number(row["held_out_mean"])
+        numbers = row["step"].isdecimal() and runs.is_number(row["held_out_mean"])
         if not numbers or int(row["step"]) < 1 or row["optimizer"] not in COLOURS:
             raise UserError(f"{TABLE}: expected a step, a distance, an optimizer, got {row}")
     return rows
-
-
-def is_number(text):
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def rows_of(run):
@@ -99,25 +92,19 @@ def rows_of(run):
             continue
         runs.check_values(path, line, {"held_out_mean": float, "held_out": list})
         runs.check_values(path, {"loss": loss}, {"loss": float})
-        distances = line["held_out"]
-        known = [isinstance(x, float) and math.isfinite(x) for x in distances]
-        if len(known) != len(BLOCKS) or not all(known) or not math.isfinite(line["held_out_mean"]):
-            raise UserError(f"{path}: expected the distances of four layers, got {line}")
-        values = dict(zip(("block3", "block6", "block9", "block11"), distances, strict=True))
-        values = {**values, "held_out_mean": line["held_out_mean"], "loss": loss}
+        numbers = [*line["held_out"], line["held_out_mean"]]
+        known = [isinstance(x, float) and math.isfinite(x) for x in numbers]
+        if len(known) != len(BLOCKS) + 1 or not all(known):
+            raise UserError(
+                f"{path}: expected finite distances of four layers and their mean, got {numbers}: "
+                f"leave this run out"
+            )
+        values = dict(zip((*OF_BLOCKS, "held_out_mean"), numbers, strict=True)) | {"loss": loss}
         rounded = {name: f"{value:.5f}" for name, value in values.items()}
         rows.append({**fixed, **rounded, "step": line["step"]})
     if not rows:
         raise UserError(f"{run}: expected a run with --holdout, got no distance in its log")
     return [{name: str(row[name]) for name in COLUMNS} for row in rows]
-
-
-def write_table(rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    runs.write_text(TABLE, text.getvalue())
 
 
 def key(row):
@@ -131,18 +118,16 @@ def draw(rows, title):
     What lies before step FIRST, far above the rest, is left out where there is a rest.
     """
     rows = [row for row in rows if int(row["step"]) >= FIRST] or rows
-    points = {}
-    for row in rows:
-        point = (math.log2(int(row["step"])), float(row["held_out_mean"]))
-        points.setdefault((key(row), row["optimizer"]), []).append(point)
-    steps, distances = zip(*(point for run in points.values() for point in run), strict=True)
+    steps = [math.log2(int(row["step"])) for row in rows]
+    distances = [float(row["held_out_mean"]) for row in rows]
     axes = Axes((min(steps), max(steps)), (min(distances), max(distances)))
-    for (_, optimizer), run in points.items():
-        axes.line(run, COLOURS[optimizer])
-        x, y = axes.at(*run[-1])
-        axes.marks.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{COLOURS[optimizer]}"/>'
-        )
+    by_run = {}
+    for row, *point in zip(rows, steps, distances, strict=True):
+        by_run.setdefault((COLOURS[row["optimizer"]], key(row)), []).append(point)
+    for (colour, _), points in by_run.items():
+        axes.line(points, colour)
+        x, y = axes.at(*points[-1])
+        axes.marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>')
     low, high = math.ceil(min(steps)), math.floor(max(steps))
     ticks = [(x, str(2**x)) for x in range(low, high + 1)]
     ticks = ticks or [(x, f"{2**x:.0f}") for x in sorted({min(steps), max(steps)})]
@@ -165,7 +150,7 @@ def main(argv):
         new = rows_of(run)
         rows = [row for row in rows if key(row) != key(new[0])] + new
     if args.category is None:
-        write_table(rows)
+        runs.write_csv(TABLE, COLUMNS, rows)
         return
     wanted = (args.teacher, args.category)
     drawn = [row for row in rows if (row["teacher"], row["category"]) == wanted]
@@ -173,7 +158,7 @@ def main(argv):
         raise UserError(f"{TABLE}: expected runs of {' with '.join(reversed(wanted))}, got none")
     chart = draw(drawn, f"{args.category}: distance to the teacher on images held out")
     if args.runs:
-        write_table(rows)
+        runs.write_csv(TABLE, COLUMNS, rows)
     file = TABLE.with_name(f"recipe_{slug(args.category)}.svg")
     runs.write_text(file, chart)
     print(file)

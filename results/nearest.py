@@ -42,7 +42,7 @@ def fill_memory(teacher, images, layers, most):
     chosen = torch.zeros(len(images), teacher.config["grid"] ** 2, dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
     chosen.view(-1)[torch.randperm(chosen.numel(), generator=generator)[:most]] = True
-    seen = chosen.any(dim=1)  # of few patches many images have none
+    seen = chosen.any(dim=1)  # with a small memory most images have no chosen patch
     memory = {c: [] for c in layers}
     batches = patch_tokens(teacher, images[seen], layers)
     for tokens, wanted in zip(batches, chosen[seen].split(EVAL_BATCH), strict=True):
@@ -58,7 +58,7 @@ def score(tokens, memory):
 
 
 def score_images(teacher, images, memories):
-    """-> {c: scores (n,)} by each memory {c: (M, D)}. The teacher sees the images once."""
+    """-> [{c: scores (n,)}], one of each memory {c: (M, D)}. The teacher sees the images once."""
     scores = [{c: [] for c in memory} for memory in memories]
     for tokens in patch_tokens(teacher, images, tuple(memories[0])):
         for found, memory in zip(scores, memories, strict=True):
@@ -79,8 +79,7 @@ def results_of(categories, args, teacher):
         memories.append(fill_memory(teacher, normal, LAYERS, args.memory))
     for i, scores in enumerate(score_images(teacher, test.images, memories)):
         value = auroc(sum(scores.values()), labels[i])
-        size = len(memories[i][LAYERS[0]])
-        yield {"dataset": args.dataset, "category": categories[i], "auroc": value, "memory": size}
+        yield {"dataset": args.dataset, "category": categories[i], "auroc": value}
 
 
 @runs.script
@@ -88,7 +87,7 @@ def main(argv):
     parser = runs.Parser(__doc__)
     add = parser.add_argument
     add("--dataset", required=True, choices=[d for d in PER_DATASET if d != "folder"])
-    add("--category", default="0", help="normal class: name, place in the paper's table, or all")
+    add("--category", default="0", help="name, place in the paper's table; all of a small data set")
     add("--data-root", help="folder of the data set (default as in train.py)")
     add("--weights", help=f"teacher: a file or a name (default {TEACHER}; demo demo_teacher)")
     add("--memory", type=int, default=20000, metavar="M", help="patches a layer (default 20000)")
@@ -107,7 +106,8 @@ def main(argv):
     runs.check_teacher({"layers": LAYERS, "top_k": 1}, teacher)
     name = teacher.metadata.get("name", Path(weights).stem)
     made = {"teacher": name, "teacher_sha256": teacher.sha256, **runs.provenance(device)}
-    folder = (args.out or Path(__file__).parent / name) / args.dataset
+    folder = (args.out or Path(__file__).parent / slug(name)) / args.dataset
+    report.refuse_another_teacher(folder, made)
     with runs.new_folder(folder / "nearest"):  # one that cannot be is found out before the work
         for result in results_of(categories, args, teacher):
             path = folder / f"nearest/{slug(result['category'])}.json"

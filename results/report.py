@@ -69,8 +69,13 @@ def cell(values):
     values = [value for value in values if value is not None]
     if not values:
         return ""
-    mean = f"{statistics.fmean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    mean, spread = mean_and_spread(values)
+    return f"{mean:.2f} ± {spread:.2f}" if len(values) > 1 else f"{mean:.2f}"
+
+
+def mean_and_spread(values):
+    """Mean and standard deviation, which is 0 of a single one."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0
 
 
 def row(cells):
@@ -153,17 +158,15 @@ def chart(results, nearest=()):
         return None
     other = {r["category"]: r["auroc"] for r in nearest}
     series = {
-        "the paper, ViT-B/16": [paper_auroc(dataset).get(c) for c in names],
-        "nearest patch": [other.get(c) for c in names],
+        "the paper, ViT-B/16": [[paper_auroc(dataset).get(c)] for c in names],
+        "nearest patch": [[other.get(c)] for c in names],
+        f"ours, {results[0]['teacher']}": ours,
     }
-    series = {name: bars for name, bars in series.items() if None not in bars}
-    bars = {name: [(x, 0) for x in [*b, statistics.fmean(b)]] for name, b in series.items()}
-    means = [statistics.fmean(x) for x in ours]
-    spreads = [statistics.stdev(x) if len(x) > 1 else 0 for x in ours]
-    bars[f"ours, {results[0]['teacher']}"] = [
-        *zip(means, spreads, strict=True),
-        (statistics.fmean(means), 0),
-    ]
+    bars = {}
+    for name, of_categories in series.items():
+        if [None] not in of_categories:
+            known = [mean_and_spread(values) for values in of_categories]
+            bars[name] = [*known, (statistics.fmean(mean for mean, _ in known), 0)]
     title = NAMES.get(dataset, dataset)
     fills = [FILLS[name.split(",")[0]] for name in bars]
     return grouped_bars(title, [*names, f"mean of {len(names)}"], bars, fills)
@@ -173,20 +176,9 @@ def how_made(results, categories):
     """Commands, commits, devices, dates; one command may have made several runs."""
     ordered = sorted(results, key=lambda r: (categories.index(r["category"]), r["seed"]))
     rows = []
-    for key in ("trained", "scored"):
-        for r in ordered:
-            made = r["trained"] if key == "trained" else r
-            rows.append(
-                row(
-                    [
-                        f"`{made['command']}`",
-                        made["commit"],
-                        made["device"],
-                        made.get("versions", r["versions"])["torch"],
-                        made["date"][:10],
-                    ]
-                )
-            )
+    for made in [*({**r, **r["trained"]} for r in ordered), *ordered]:
+        command, torch = f"`{made['command']}`", made["versions"]["torch"]
+        rows.append(row([command, made["commit"] or "", made["device"], torch, made["date"][:10]]))
     head = [row(["command", "commit", "device", "torch", "date"]), "|---|---|---|---|---|"]
     return [*head, *dict.fromkeys(rows)]
 
@@ -195,9 +187,9 @@ def read_result(path):
     """The result.json of a run."""
     result = runs.read_json(path, RESULT)
     runs.check_values(path, result["trained"], MADE)
-    for made in (result, result["trained"]):
-        runs.check_values(path, made, {"versions": dict} if "versions" in made else {})
-        runs.check_values(path, made.get("versions", result["versions"]), {"torch": str})
+    for made in (result, {**result, **result["trained"]}):  # an old run has no versions of its own
+        runs.check_values(path, made, {"versions": dict})
+        runs.check_values(path, made["versions"], {"torch": str})
     numbers = {name: NUMBER for name in COLUMNS.values() if name in result}
     runs.check_values(path, result, numbers)
     return result
@@ -210,30 +202,33 @@ def report(folder, run_folders):
     All are read before one is written.
     """
     folder = Path(folder)
-    sources = {path: path for path in folder.glob("*/*.json")}
+    new = {}
     for run in run_folders:
         result = read_result(run / "result.json")
         name = f"{slug(result['category'])}_seed{result['seed']}.json"
         target = folder / result["dataset"] / name
-        if sources.get(target, target) != target:
+        if target in new and new[target].parent != run:  # the same one may be named twice
             raise UserError(
-                f"{run}: expected one run of a category and seed, got {sources[target].parent} "
+                f"{run}: expected one run of a category and seed, got {new[target].parent} "
                 f"too: name the runs, or give each its own --report"
             )
-        sources[target] = run / "result.json"
+        new[target] = run / "result.json"
+    sources = {path: path for path in folder.glob("*/*.json")} | new
     tables, charts = {}, {}
     for dataset in sorted({path.parent for path in sources}):
         kept = sorted(path for path in sources if path.parent == dataset)
-        results = of_one_teacher(dataset, [read_result(sources[path]) for path in kept])
-        nearest = of_one_teacher(dataset, [*read_nearest(dataset), results[0]])[:-1]
+        results = [read_result(sources[path]) for path in kept]
+        nearest = read_nearest(dataset)
+        check_one_teacher(dataset, results + nearest)
         tables[dataset.with_suffix(".md")] = table(results, nearest)
         charts[dataset.with_suffix(".svg")] = chart(results, nearest)
-    for path, source in sources.items():
-        if path != source:
-            with runs.new_folder(path.parent), runs.atomic(path) as temporary:
-                shutil.copyfile(source, temporary)
+    for path, source in new.items():
+        with runs.new_folder(path.parent), runs.atomic(path) as temporary:
+            shutil.copyfile(source, temporary)
     for path, text in {**tables, **charts}.items():
-        if text is not None:
+        if text is None:
+            path.unlink(missing_ok=True)  # a chart of older results
+        else:
             runs.write_text(path, text)
     return list(tables)
 
@@ -243,12 +238,17 @@ def read_nearest(folder):
     return [runs.read_json(path, NEAREST) for path in sorted(folder.glob("nearest/*.json"))]
 
 
-def of_one_teacher(folder, results):
-    """The results, if all are of one teacher; else a UserError."""
+def refuse_another_teacher(folder, made):
+    """Refuse a folder with results of another teacher than that of `made`."""
+    known = [read_result(path) for path in sorted(folder.glob("*.json"))]
+    check_one_teacher(folder, [*known, *read_nearest(folder), made])
+
+
+def check_one_teacher(folder, results):
+    """Refuse results of several teachers."""
     if len({r["teacher_sha256"] for r in results}) > 1:
         teachers = sorted({f"{r['teacher']} ({r['teacher_sha256'][:8]}...)" for r in results})
         raise UserError(
             f"{folder}: expected the results of one teacher, got {', '.join(teachers)}: "
-            f"give each its own --report"
+            f"give each a folder of its own"
         )
-    return results

@@ -770,6 +770,19 @@ RUNS = [
     ),
     (
         "evaluate",
+        in_json(f"{RUN}/config.json", "settings", dataset="mvtec", category="botle"),
+        "",
+        "category: expected one of mvtec, got 'botle'",
+    ),
+    ("evaluate", in_json(f"{RUN}/config.json", "teacher", name=[1]), "", "name as str | None, got"),
+    (
+        "anatomy",
+        in_json(f"{RUN}/config.json", "settings", holdout="x"),
+        RUN,
+        "holdout as int | flo",
+    ),
+    (
+        "evaluate",
         in_json(f"{RUN}/config.json", "settings", dataset="mvtek"),
         "",
         "dataset: expected one of cifar10 ... mvtec ... got 'mvtek'",
@@ -793,7 +806,7 @@ RUNS = [
         "curves",
         put(f"{RUN}/log.jsonl", '{"step": 1, "held_out_mean": 1.0, "held_out": [1]}\n'),
         RUN,
-        f"{RUN}/log.jsonl: expected the distances of four layers, got",
+        f"{RUN}/log.jsonl: expected finite distances of four layers and",
     ),
     (
         "curves",
@@ -808,7 +821,7 @@ RUNS = [
             '{"step": 1, "held_out_mean": NaN, "held_out": [1.0, 1.0, 1.0, 1.0]}\n',
         ),
         RUN,
-        f"{RUN}/log.jsonl: expected the distances of four layers, got",
+        f"{RUN}/log.jsonl: expected finite distances of four layers and",
     ),
     (
         "curves",
@@ -900,7 +913,7 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.setattr(curves, "TABLE", folder / "recipe.csv")
-        curves.write_table([])
+        curves.runs.write_csv(curves.TABLE, curves.COLUMNS, [])
         assert call(train.main, *own, cwd=folder).code == 0
         assert call(evaluate.main, cwd=folder).code == 0
         assert call(curves.main, RUN, cwd=folder).code == 0

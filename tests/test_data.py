@@ -435,6 +435,13 @@ def test_category_names(dataset, text, name):
     assert data.find_category(dataset, text) == name
 
 
+def test_a_place_that_no_command_line_gives():
+    with pytest.raises(UserError, match="data_root: expected a folder, got none"):
+        data.test_split("mvtec", None, "bottle")
+    with pytest.raises(UserError, match="category: expected one of cifar100, got 'pill'"):
+        data.train_split("cifar100", "data", "pill")
+
+
 @pytest.mark.parametrize(
     "dataset, text, words",
     [
@@ -443,6 +450,7 @@ def test_category_names(dataset, text, name):
         ("cifar10", "kat", "did you mean cat"),
         ("cifar10", "zipper", "that is one of --dataset mvtec"),
         ("cifar10", "qqqq", "choose from airplane"),
+        ("mvtec", "-1", "choose from bottle"),
     ],
 )
 def test_unknown_categories(dataset, text, words):

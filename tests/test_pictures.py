@@ -209,6 +209,9 @@ def test_pictures_that_do_not_decode(world, tmp_path):
     result = run_evaluate(world, "--images", tmp_path, "--json", "--skip-bad")
     assert result.code == 0 and len(result.out.splitlines()) == 1
     assert result.err.startswith("skipped: ") and "b.png" in result.err
+    (tmp_path / "a.png").unlink()  # no picture is no verdict
+    result = run_evaluate(world, "--images", tmp_path, "--skip-bad", "--exit-code")
+    assert result.code == 2 and "expected pictures that decode, got none" in result.err
 
 
 def test_several_runs_cannot_share_pictures(world, tmp_path):
@@ -388,7 +391,7 @@ def test_held_out_distances_go_from_the_log_into_the_table_and_the_chart(world, 
     monkeypatch.setattr(sys, "argv", ["curves.py"])
     old = {**dict.fromkeys(curves.COLUMNS, "0"), "category": "own", "optimizer": "sgd"}
     old |= {"teacher": "", "held_out_mean": "0.9", "step": "4"}
-    curves.write_table([old])
+    runs.write_csv(curves.TABLE, curves.COLUMNS, [old])
     for _ in range(2):  # the second time its rows are replaced
         result = call(curves.main, RUN, "--category", "own", "--teacher", "", cwd=world)
         assert result.code == 0, result.err

@@ -163,9 +163,12 @@ def test_nearest_patches_of_all_categories_at_once(tmp_path, small_counts):
         results[category] = {path.stem: json.loads(path.read_text()) for path in paths}
     assert set(results["all"]) == set(CATEGORIES["cifar10"])
     assert set(results["cat"]) == {"cat"}
-    for key in ("dataset", "category", "auroc", "memory"):
+    for key in ("dataset", "category", "auroc"):
         assert results["all"]["cat"][key] == results["cat"]["cat"][key]
     assert len({result["auroc"] for result in results["all"].values()}) > 1
+    save_vit(tiny_vit(seed=1), tmp_path / "teacher.safetensors")
+    refused = call(nearest.main, *command, "all", "--category", "cat", cwd=tmp_path)
+    assert_one_sentence(refused, "all/cifar10: expected the results of one teacher")
 
 
 def heights(svg):
@@ -251,6 +254,15 @@ def test_a_report_scores_what_has_no_result_and_one_broken_run_stops_no_other(wo
     assert kept == ["own_seed0.json", "own_seed1.json"]
     again = call(evaluate.main, "--report", "out", cwd=world)
     assert again.code == 0 and (world / "out/folder.md").read_text() == text
+
+    path = runs / "seed0/result.json"  # of a model that was trained anew meanwhile
+    old = json.loads(path.read_text())
+    path.write_text(json.dumps({**old, "trained": {**old["trained"], "date": "2026-01-01"}}))
+    again = call(evaluate.main, "--report", "out", cwd=world)
+    assert again.code == 0 and again.out.count("own seed") == 1
+    assert json.loads(path.read_text())["trained"] == old["trained"]
+    twice = call(evaluate.main, *[runs / "seed0"] * 2, "--report", "out", cwd=world)
+    assert twice.code == 0, twice.err
 
     shutil.copytree(world / "runs", world / "others/runs")
     path = world / "others/runs/folder/own/seed0/result.json"
