@@ -227,7 +227,7 @@ def atomic(path):
             os.fsync(file.fileno())  # else a crash of the machine may leave it empty
         os.replace(temporary, path)
     except SafetensorError as error:  # its word for a full disk
-        raise UserError(f"{path}: expected room for the tensors, got {error}") from None
+        raise OSError(errno.EIO, f"expected room for the tensors, got {error}", str(path)) from None
     except OSError as error:
         error.filename = str(path)  # a write that fails does not know its file
         raise

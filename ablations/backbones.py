@@ -30,7 +30,7 @@ class Backbone(nn.Module):
         super().__init__()
         network, stages = self.build()
         if tensors is not None:
-            fill(network, stages, tensors)
+            fill(network, tensors)
         self.image_size = image_size
         self.blocks = nn.ModuleList(stages)
         for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
@@ -69,8 +69,11 @@ class Backbone(nn.Module):
 class VGG16(Backbone):
     """Tapped behind each of its five poolings."""
 
+    least_size = 32  # pixels a side: one position behind the last
+
     def build(self):
         network = torchvision.models.vgg16()
+        network.classifier = nn.Identity()
         f = network.features
         return network, [f[:5], f[5:10], f[10:17], f[17:24], f[24:31]]
 
@@ -78,8 +81,11 @@ class VGG16(Backbone):
 class ResNet18(Backbone):
     """Tapped behind each of its four residual stages. The stem belongs to the first."""
 
+    least_size = 33  # 2 x 2 positions: batch normalisation of one image needs more than one
+
     def build(self):
         n = torchvision.models.resnet18()
+        n.fc = nn.Identity()
         first = nn.Sequential(n.conv1, n.bn1, n.relu, n.maxpool, n.layer1)
         return n, [first, n.layer2, n.layer3, n.layer4]
 
@@ -87,25 +93,20 @@ class ResNet18(Backbone):
 BACKBONES = {"vgg16": VGG16, "resnet18": ResNet18}
 
 
-def fill(network, stages, tensors):
-    """Load weights into a network; all that its stages hold have to be there."""
-    values = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    held = {id(x) for stage in stages for x in (*stage.parameters(), *stage.buffers())}
-    for name, x in values.items():
-        is_counter = x.ndim == 0  # which eval() does not look at
-        if id(x) in held and not is_counter and name not in tensors:
-            raise UserError(f"expected a tensor {name} of shape {tuple(x.shape)}, got none")
-    wanted = {name: x.float() for name, x in tensors.items() if name in values}
-    broken = not_finite(wanted)
+def fill(network, tensors):
+    """Load weights into a network; all that it holds have to be there, others are left out."""
+    broken = not_finite(tensors)
     if broken:
         raise UserError(f"expected finite weights, got {broken}")
     try:
-        network.load_state_dict(wanted, strict=False)
+        missing = network.load_state_dict(tensors, strict=False).missing_keys
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise UserError(
             f"expected tensors of the network's shapes, got others ({reason})"
         ) from None
+    if missing:
+        raise UserError(f"expected a tensor {missing[0]}, got none")
 
 
 def load(name, path, image_size=224):

@@ -161,6 +161,9 @@ def load_teacher(backbone, weights, image_size):
     if backbone == "vit":
         path = ensure_weights(weights)
         return path, runs.load_teacher(path)
+    least = backbones.BACKBONES[backbone].least_size
+    if image_size < least:
+        raise UserError(f"--image-size: expected {least} or more for {backbone}, got {image_size}")
     path = runs.weights_path(weights)
     return path, backbones.load(backbone, path, image_size)
 
@@ -253,19 +256,39 @@ def read_csv(figure, request):
     return rows if complete else []
 
 
+def refuse_to_lose(path, request):
+    """Refuse to write fewer categories or seeds over a figure's CSV."""
+    if not path.is_file():
+        return
+    there = {(r["category"], r["seed"]) for r in runs.read_csv(path, COLUMNS)}
+    lost = there - set(itertools.product(request.categories, map(str, request.seeds)))
+    if lost:
+        category, seed = min(lost)
+        raise UserError(
+            f"{path}: expected its categories and seeds, got none of {category}, seed {seed}: "
+            f"name them too, or another --results"
+        )
+
+
 def make(figure, request):
     """Run what a figure compares, write its CSV, table and chart; -> the rows of the CSV."""
     names = [name for name, _ in FIGURES[figure].variants]
-    for part in PARTS_OF_5 if figure == "5" else (figure,):
+    path = request.results / f"figure_{figure}.csv"
+    refuse_to_lose(path, request)
+    parts = PARTS_OF_5 if figure == "5" else (figure,)
+    for part in parts:
         check_options(part, request)
+    rows = []
     if figure == "5":
-        parts = [r for part in PARTS_OF_5 for r in read_csv(part, request) or make(part, request)]
-        rows = [r for name in names for r in parts if r["variant"] == name]
+        for part in parts:
+            known = read_csv(part, request)
+            if known:
+                print(f"figure {part}: {request.results}/figure_{part}.csv, as it is")
+            rows += known or make(part, request)
+        rows = [r for name in names for r in rows if r["variant"] == name]
     else:
-        rows = []
         for name in names:
             rows += csv_rows(name, run_variant(name, FIGURES[figure].dataset, request))
-    path = request.results / f"figure_{figure}.csv"
     runs.write_csv(path, COLUMNS, rows)
     rows = read_csv(figure, request)
     runs.write_text(path.with_suffix(".md"), table(figure, rows))
@@ -331,7 +354,9 @@ def table(figure, rows):
         "|---|---|---|---|",
     ]
     for name, other in variants:
-        for category in [*categories, None] if other else []:
+        if other is None:
+            continue
+        for category in [*categories, None]:
             gains = differences(rows, name, other, category)
             difference = f"{name} against {other}"
             lines.append(row([difference, category or "mean", cell(gains), verdict(gains)]))
@@ -367,8 +392,7 @@ def parse(argv):
     add("--seeds", type=runs.whole_numbers, default="0", help="comma-separated (default 0)")
     add("--weights", default=train.TEACHER, help="the ViT teacher, a file or a name")
     for name in backbones.BACKBONES:
-        file = f"weights/{name}.safetensors"
-        add(f"--{name}", default=file, help=f"its weights (default {file})")
+        add(f"--{name}", default=name, help=f"its weights, a file or a name (default {name})")
     add("--image-size", type=int, default=224, help="of the CNNs, in pixels (default the paper's)")
     results = Path(__file__).parent / "results"
     add("--results", type=Path, default=results, help="folder for tables and charts")

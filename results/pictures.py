@@ -6,6 +6,7 @@ PNG by Pillow; SVG and HTML are text.
 import html
 import json
 import math
+import shutil
 import textwrap
 import urllib.parse
 from pathlib import Path
@@ -20,7 +21,8 @@ from data import read_image
 
 # Heat from 0 to 1: black, violet, red, orange, yellow.
 COLOURS = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
-CAPTION = 44  # pixels below a heat map
+MOST = 448  # pixels a side of a heat map's three pictures
+CAPTION = 44  # pixels below them
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
@@ -29,7 +31,6 @@ body {{ font: 16px/1.5 sans-serif; margin: 2em auto; max-width: 70em; padding: 0
   background: #fff; color: #222 }}
 h1 {{ overflow-wrap: anywhere }}
 figure {{ margin: 2em 0 }}
-figure[hidden] {{ display: none }}
 img {{ max-width: 100%; min-width: min(100%, 42em) }}
 label {{ display: inline-block; margin-right: 1em }}
 select {{ font: inherit; max-width: 100% }}
@@ -42,7 +43,7 @@ normal image in 100 should exceed anywhere ({high:.2f}), yellow twice as far and
 <p><label>Show <select id="show">{choices}</select></label>
 <label>Sort by <select id="sort"><option value="high">highest score</option>
 <option value="low">lowest score</option><option value="name">name</option></select></label>
-<span id="count"></span></p>
+<output id="count"></output></p>
 <main>
 {figures}
 </main>
@@ -55,7 +56,7 @@ const orders = {{
   name: (a, b) => a.dataset.name.localeCompare(b.dataset.name),
 }};
 function update() {{
-  for (const f of figures) f.hidden = show.value && !f.dataset.tags.split("|").includes(show.value);
+  for (const f of figures) f.hidden = show.value && !f.dataset.tags.split("/").includes(show.value);
   document.querySelector("main").append(...figures.sort(orders[sort.value]));
   const shown = figures.filter((f) => !f.hidden).length;
   document.getElementById("count").textContent = `${{shown}} of ${{figures.length}} pictures`;
@@ -66,7 +67,7 @@ update();
 </html>
 """
 FIGURE = """<figure data-score="{score}" data-name="{name}" data-tags="{tags}">\
-<img src="{file}" alt="" loading="lazy"><figcaption>{name}: \
+<img src="{file}" alt="image, heat, both" loading="lazy"><figcaption>{name}: \
 score {score:.3f}, delta {delta:.3f}, <span class="{verdict}">{verdict}</span>{mistake}\
 </figcaption></figure>"""
 
@@ -106,6 +107,9 @@ class Gallery:
         label: 1 where it is known to be anomalous, 0 where normal. Its name then has its kind, as
         in test/scratch/000.png.
         """
+        shown = Image.fromarray(image)
+        shown.thumbnail((MOST, MOST))
+        image = np.asarray(shown)
         h, w = image.shape[:2]
         side = math.isqrt(len(heat))
         square = torch.as_tensor(heat).view(1, 1, side, side)
@@ -114,7 +118,7 @@ class Gallery:
         overlay = image + 0.7 * strength[..., None] * (colours - image)
         row = np.concatenate([image, colours, overlay], axis=1).round().astype(np.uint8)
         verdict = "anomalous" if scores["score"] >= self.delta else "normal"
-        file = self.folder / f"{len(self.figures):05d}_{Path(name).stem}.png"
+        file = self.folder / f"{len(self.figures):05d}_{Path(name).stem[:40]}.png"
         picture = with_caption(row, self.caption(scores, verdict))
         with runs.atomic(file) as temporary:
             picture.save(temporary, "PNG")
@@ -122,9 +126,9 @@ class Gallery:
         tags = [verdict, mistake, None if label is None else f"kind: {name.split('/')[-2]}"]
         self.tags.update(tag for tag in tags if tag)
         figure = FIGURE.format(
-            file=html.escape(urllib.parse.quote(file.name)),
+            file=urllib.parse.quote(file.name),
             name=html.escape(name),
-            tags=html.escape("|".join(tag for tag in tags if tag)),
+            tags=html.escape("/".join(tag for tag in tags if tag)),  # no folder's name holds it
             score=scores["score"],
             delta=self.delta,
             verdict=verdict,
@@ -201,6 +205,7 @@ def write_failures(scored, count):
     misses = [i for i in order if split.labels[i] and score[i] < delta]
     alarms = [i for i in order[::-1] if not split.labels[i] and score[i] >= delta]
     worst = misses[:count] + alarms[:count]
+    shutil.rmtree(scored.run / "failures", ignore_errors=True)
     for i in worst:
         kind = "missed" if split.labels[i] else "false alarm"
         print(f"{kind}: {split.names[i]}, score {score[i]:.3f}, delta {delta:.3f}")
@@ -209,13 +214,14 @@ def write_failures(scored, count):
 
 def write_plots(scored, auroc):
     """RUN/histogram.svg, roc.svg if there are images of both kinds, training.svg if a log."""
-    title = f"{scored.run.parent.name}, {scored.run.name}"
+    settings = scored.config["settings"]
+    title = f"{settings['category']}, seed {settings['seed']}"
     score = scored.scores["score"].numpy()
     labels = np.array(scored.split.labels)
     plots = {"histogram.svg": histogram(title, score, labels, float(scored.model.delta))}
     log = scored.run / "log.jsonl"
     lines = [json.loads(line) for _, line in runs.read_log(log)] if log.is_file() else []
-    if any("loss" in line for line in lines):
+    if any(is_above_0(line.get("loss")) for line in lines):
         plots["training.svg"] = training_curves(title, lines)
     if auroc is not None:
         plots["roc.svg"] = roc(title, score, labels, auroc)
@@ -266,15 +272,19 @@ class Axes:
         for y, text in y_ticks:
             top = self.at(x0, y)[1] + 4
             ticks.append(f'<text x="54" y="{top:.1f}" text-anchor="end">{text}</text>')
-        names = [
-            f'<text x="{self.width - 30}" y="{legend_y + 16 * i}" text-anchor="end" '
-            f'fill="{fill}">{html.escape(text)}</text>'
-            for i, (text, fill) in enumerate(legend)
-        ]
+        names = []
+        for i, (text, fill) in enumerate(legend):
+            y = legend_y + 16 * i
+            names.append(
+                f'<rect x="{self.width - 30}" y="{y - 9}" width="10" height="10" fill="{fill}"/>'
+                f'<text x="{self.width - 36}" y="{y}" text-anchor="end" stroke="#fff" '
+                f'stroke-width="4" paint-order="stroke">{html.escape(text)}</text>'
+            )
         middle = self.width / 2 + 20
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} 360" '
             f'font-family="sans-serif" font-size="12">'
+            f"<title>{html.escape(title)}</title>"
             f'<rect width="{self.width}" height="360" fill="#fff"/>'
             f'<text x="{middle}" y="24" text-anchor="middle" font-size="14">'
             f"{html.escape(title)}</text>"
@@ -290,7 +300,7 @@ class Axes:
 def histogram(title, scores, labels, delta, bins=40):
     """The scores of normal and of anomalous images, as shares of each kind, and delta -> SVG."""
     low, high = min(scores.min(), delta), max(scores.max(), delta)
-    edges = np.linspace(low, high + 1e-6 * (1 + abs(high)), bins + 1)
+    edges = np.histogram_bin_edges(scores, bins, (low, high))
     kinds = [
         (label, name, fill)
         for label, name, fill in ((0, "normal", "#1f77b4"), (1, "anomalous", "#d62728"))
@@ -316,6 +326,11 @@ def histogram(title, scores, labels, delta, bins=40):
     return axes.svg(title, "score", "share of the images", legend=legend)
 
 
+def is_above_0(x):
+    """Whether a value of a log can be drawn."""
+    return isinstance(x, float) and 0 < x < math.inf
+
+
 def training_curves(title, lines):
     """The loss, its terms, and the held-out distance over the steps, on a logarithmic scale -> SVG.
 
@@ -330,7 +345,7 @@ def training_curves(title, lines):
     }
     curves = {}
     for name in colours:
-        points = [(x["step"], x[name]) for x in lines if x.get(name, 0) > 0]
+        points = [(x["step"], x[name]) for x in lines if is_above_0(x.get(name))]
         if points:
             curves[name] = [(step, math.log10(value)) for step, value in points]
     steps, heights = zip(*(point for curve in curves.values() for point in curve), strict=True)
@@ -355,7 +370,7 @@ def grouped_bars(title, groups, series, fills):
     """
     least = min(height for bars in series.values() for height, _ in bars)
     low = max(0, 10 * (least // 10) - 10)
-    width, legend_width = 80 * len(groups), 170  # pixels
+    width, legend_width = 80 * len(groups), 40 + 7 * max(map(len, series))  # pixels
     axes = Axes((0, (width + legend_width) / 80), (low, 100), width=80 + width + legend_width)
     for x in range(len(groups)):
         for i, bars in enumerate(series.values()):

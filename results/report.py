@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import statistics
+import textwrap
 from pathlib import Path
 
 import runs
@@ -27,14 +28,16 @@ COLUMNS = {  # of a table: the key in result.json
     "pixels": "pixel_auroc",
     "AU-PRO": "au_pro",
 }
-EXPLANATION = """\
-Image AUROC in %, last epoch; mean ± standard deviation over the seeds. S_D, S_A, the teacher's term
-of S_A, which needs no training, and S_D standardised (vitad.Normal), which is not the paper's: the
-AUROC of these alone. Nearest patch: the same teacher without a student, by nearest.py. Made by
-`evaluate.py --report` from the JSON files beside this table. The runs were trained and scored by
-the commands below.
-"""
-FILLS = {"the paper": "#9e9e9e", "nearest patch": "#fdae6b", "ours": "#1f77b4"}  # of the bars
+EXPLANATION = {  # what a table says of itself: always, or where it has the column
+    "AUROC": "Image AUROC in %, last epoch; mean ± standard deviation over the seeds.",
+    "S_D": "S_D, S_A, and the teacher's term of S_A, which needs no training: of these alone.",
+    "S_D standardised": "S_D standardised (vitad.Normal) is not the paper's.",
+    "nearest patch": "Nearest patch: the same teacher without a student, by nearest.py.",
+}
+ORIGIN = """\
+Made by `evaluate.py --report` from the JSON files beside this table. The commands below trained and
+scored the runs."""
+FILLS = ("#9e9e9e", "#fdae6b", "#1f77b4")  # of the paper's bars, nearest patches' and ours
 NUMBER = int | float | None
 NEAREST = {"category": str, "auroc": float, "teacher": str, "teacher_sha256": str}
 MADE = {"command": str, "commit": str | None, "device": str, "date": str}
@@ -79,7 +82,8 @@ def mean_and_spread(values):
 
 
 def row(cells):
-    return f"| {' | '.join(map(str, cells))} |"
+    """A row of a Markdown table."""
+    return f"| {' | '.join(str(x).replace('|', '&#124;') for x in cells)} |"
 
 
 def table(results, nearest=()):
@@ -93,14 +97,19 @@ def table(results, nearest=()):
     dataset = results[0]["dataset"]
     own = sorted({r["category"] for r in results} - set(CATEGORIES[dataset]))
     categories = [*CATEGORIES[dataset], *own]
+    results.sort(key=lambda r: r["seed"])
     by_category = {c: [r for r in results if r["category"] == c] for c in categories}
     columns = {
         title: key for title, key in COLUMNS.items() if any(r.get(key) is not None for r in results)
     }
+    explanation = [text for title, text in EXPLANATION.items() if title in columns]
     lines = [
         f"# {NAMES.get(dataset, dataset)}, teacher {results[0]['teacher']}",
         "",
-        EXPLANATION,
+        textwrap.fill(" ".join(explanation), 100),
+        "",
+        ORIGIN,
+        "",
         row(["category", "paper", *columns, "seeds", "steps"]),
         "|---" * (len(columns) + 4) + "|",
     ]
@@ -162,13 +171,14 @@ def chart(results, nearest=()):
         "nearest patch": [[other.get(c)] for c in names],
         f"ours, {results[0]['teacher']}": ours,
     }
-    bars = {}
-    for name, of_categories in series.items():
-        if [None] not in of_categories:
-            known = [mean_and_spread(values) for values in of_categories]
-            bars[name] = [*known, (statistics.fmean(mean for mean, _ in known), 0)]
+    bars, fills = {}, []
+    for (name, of_categories), fill in zip(series.items(), FILLS, strict=True):
+        if [None] in of_categories:
+            continue
+        known = [mean_and_spread(values) for values in of_categories]
+        bars[name] = [*known, (statistics.fmean(mean for mean, _ in known), 0)]
+        fills.append(fill)
     title = NAMES.get(dataset, dataset)
-    fills = [FILLS[name.split(",")[0]] for name in bars]
     return grouped_bars(title, [*names, f"mean of {len(names)}"], bars, fills)
 
 

@@ -33,7 +33,7 @@ import runs
 from train import GraphedStep, Settings, TeacherCache, make_optimizers
 from vit import ViT
 from vitad import LAYERS, Distillation, anchor_loss, distill_loss, gram_loss, total_loss
-from weights.convert import canonical
+from weights.convert import TORCHVISION, rename
 
 LR = 0.01  # of SGD, in both training steps
 
@@ -209,7 +209,7 @@ def measure_forward(device, repeats):
     ours = ViT(classes=1000)
     # The very same memory: where weights happen to lie moves a forward by several per cent from
     # one process to the next.
-    ours.load_state_dict(canonical(peer.state_dict())[0], assign=True)
+    ours.load_state_dict(rename(peer.state_dict(), TORCHVISION), assign=True)
     ours = ours.to(device).eval()
     x = ours.prepare(random_images(8, device))
     forwards = {"ours": lambda: ours.classify(x), "torchvision": lambda: peer(x)}
@@ -241,7 +241,7 @@ def measure_steps(steps, images, device, repeats, *, rate):
     """Training steps against the plain one; -> their seconds for the last of the batches."""
     flop_an_image = 3 * forward_flop(steps["plain"].teacher, 1)
     for batch in images:
-        one = {name: lambda s=s, batch=batch: s.step(batch) for name, s in steps.items()}
+        one = {name: partial(s.step, batch) for name, s in steps.items()}
         seconds = alternate(device, repeats, one)
         B = len(batch)
         for name in list(steps)[1:]:
@@ -270,7 +270,7 @@ def measure_scoring(steps, B, device, repeats, *, rate):
     batch = random_images(B, device)
     for name, key in (("float32", "fp32"), ("bfloat16", "bf16")):
         model = steps[key].model
-        scoring = {"scores": lambda model=model: model.scores(batch)}
+        scoring = {"scores": partial(model.scores, batch)}
         seconds = alternate(device, repeats, scoring)["scores"]
         share = 2 * forward_flop(model.teacher, B) / seconds / rate[getattr(torch, name)]
         shown = f"{B / seconds:.1f} images/s, {share:.0%} of the product's rate"
@@ -297,7 +297,7 @@ def parts_of_a_step(teacher, B, device, precision):
     parts = {
         "student, forward": forward,
         "student, forward and backward": lambda: torch.autograd.backward(forward(), gradients),
-        "data, losses and their gradient": lambda: ours.outside(images),
+        "data, losses and their gradient": partial(ours.outside, images),
         "Muon, the blocks' matrices": muon.step,
         "AdamW, the rest": rest.step,
         "AdamW instead, for all": adamw.step,
@@ -375,7 +375,7 @@ def main(argv):
         compiled = Ours(teacher, images[-1], device, **options, compiled=True)
         steps["bf16 graph compiled"] = compiled
     seconds = measure_steps(steps, images, device, repeats, rate=rate)
-    outside = {"outside": lambda: steps["fp32"].outside(images[-1])}
+    outside = {"outside": partial(steps["fp32"].outside, images[-1])}
     share = alternate(device, 3 * args.repeats, outside)["outside"] / seconds["fp32"]
     what = f"outside the networks (data, losses, log) in a step, batch {args.batch}, float32"
     row(what, f"{share:.1%}", "<= 8 %")

@@ -151,7 +151,7 @@ def test_the_table_and_the_chart_say_the_same():
     text, chart = table("3c", rows(**values)), bars("3c", rows(**values))
     assert "| bottle | 85.00 ± 7.07 | 86.00 ± 7.07 |" in text
     assert "| ResNet + L_anchor against ResNet | mean | 1.00 ± 0.00 | better |" in text
-    heights = re.findall(r'height="([\d.]+)" fill="#(?:9ecae1|1f77b4)"', chart)
+    heights = re.findall(r'height="([\d.]+)" fill="#(?:9ecae1|1f77b4)"/><path', chart)
     # From 70, of bottle and of the mean.
     expected = [270 * 15 / 30, 270 * 16 / 30] * 2
     assert [float(height) for height in heights] == pytest.approx(expected, abs=0.11)
@@ -251,11 +251,23 @@ def test_runs_that_another_process_trains_are_waited_for(world):
     command = ("--categories", "bottle", "--data-root", "data", "--weights", "teacher.safetensors")
     name = "position_embedding_learnt"
     with runs.lock(world / f"left/ablations/{name}/mvtec/bottle/seed0"):
-        result = call(run.main, "--figure", 7, *command, "--out", "left", cwd=world)
+        options = ("--out", "left", "--results", "left")
+        result = call(run.main, "--figure", 7, *command, *options, cwd=world)
     assert_one_sentence(result, "no other process trains", name, "give the command again")
     for figure in (7, 5):
-        result = call(run.main, "--figure", figure, *command, "--overwrite", cwd=world)
+        options = ("--results", "new", "--overwrite")
+        result = call(run.main, "--figure", figure, *command, *options, cwd=world)
         assert_one_sentence(result, "--overwrite: expected none")
+
+
+def test_fewer_categories_do_not_go_over_the_table_of_more(world):
+    before = (ROOT / "ablations/results/figure_7.csv").read_bytes()
+    command = ("--categories", "bottle", "--data-root", "data", "--weights", "teacher.safetensors")
+    result = call(run.main, "--figure", 7, *command, cwd=world)
+    assert_one_sentence(
+        result, "figure_7.csv: expected its categories and seeds, got none of bottle"
+    )
+    assert (ROOT / "ablations/results/figure_7.csv").read_bytes() == before
 
 
 def test_it_runs_as_a_file_from_any_folder(wrong_category):

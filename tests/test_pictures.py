@@ -241,7 +241,7 @@ class Page(HTMLParser):
         self.tags.append(tag)
         if tag == "figure":
             values = dict(attributes)
-            self.tags_of[values["data-name"]] = values["data-tags"].split("|")
+            self.tags_of[values["data-name"]] = values["data-tags"].split("/")
         if tag == "option":
             self.choices.append(dict(attributes)["value"])
         if tag == "img":

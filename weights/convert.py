@@ -247,6 +247,8 @@ def read_pickle(path):
     try:
         with warnings.catch_warnings(action="ignore"):
             tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception:  # as in `read`; torch's text advises to let the code in the file run
         raise UserError(
             f"{path}: expected a checkpoint of plain tensors, got a broken file or one with code "
@@ -454,24 +456,20 @@ def metadata_of(path, digest, norm_pre, options):
     options: {"mean", "std", "activation", "heads", "source", "license"}, None where not given.
     """
     name = KNOWN_SHA256.get(digest, path.stem)
-    if name in KNOWN:
-        defaults = vars(KNOWN[name])
-    else:
-        name = path.stem
-        defaults = {"source": f"unknown, from {path.name}", "license": "unknown"}
-        if not norm_pre:
-            defaults["activation"] = "gelu"
-    values = {**defaults, **{key: value for key, value in options.items() if value}}
+    unknown = {"source": f"unknown, from {path.name}", "license": "unknown"}
+    card = vars(KNOWN[name]) if name in KNOWN else unknown
+    values = {**card, **{key: value for key, value in options.items() if value}}
     if "mean" not in values or "std" not in values:
         raise UserError(
             f"expected a known checkpoint, got {path.name}, sha256 {digest[:12]}...: its card "
             f"says how images were normalised; pass that as --mean R G B --std R G B"
         )
-    if "activation" not in values:
+    if norm_pre and "activation" not in values:
         raise UserError(
             "expected a known activation, got a checkpoint with norm_pre of unknown origin: "
             "pass --activation quick_gelu (OpenAI's CLIP) or gelu (most others)"
         )
+    values.setdefault("activation", "gelu")
     values["mean"] = list(values["mean"])
     values["std"] = list(values["std"])
     eps = CLIP_EPS if norm_pre else LAYER_NORM_EPS
@@ -488,11 +486,21 @@ def save(path, tensors, metadata):
 
 
 def convert(
-    path, out, *, mean=None, std=None, activation=None, heads=None, source=None, license=None
+    path,
+    out,
+    *,
+    mean=None,
+    std=None,
+    activation=None,
+    heads=None,
+    source=None,
+    license=None,
+    check=None,
 ):
     """Convert the checkpoint `path` into `out`; -> lines that say what was done.
 
-    The other arguments are for what the file does not show; see --help. A UserError leaves nothing.
+    check: is called with the ViT, and may refuse it by a UserError, which leaves nothing. The other
+    arguments are for what the file does not show; see --help.
     """
     path = Path(path)
     out = Path(out)
@@ -531,6 +539,8 @@ def convert(
             vit = load_vit(temporary)
         except ValueError as error:
             raise UserError(str(error).replace(str(temporary), str(path))) from None
+        if check:
+            check(vit)
     return [read_line, "; ".join(done), *summary(out, vit)]
 
 

@@ -15,6 +15,7 @@ import socket
 import ssl
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -24,7 +25,7 @@ import torch
 if __name__ == "__main__":
     import _root  # noqa: F401 (puts the repository on the path)
 
-from runs import WEIGHTS, Parser, UserError, load_teacher, one_at_a_time, script, weights_path
+from runs import WEIGHTS, Parser, UserError, one_at_a_time, script, weights_path
 from vit import sha256
 from weights import convert
 
@@ -140,26 +141,13 @@ def fetch(name, folder, path):
     else:
         download(original, published)
     try:
-        lines = convert_checked(original, path, published)
+        lines = convert.convert(original, path, check=partial(check_sizes, original, published))
     except UserError as error:
         if was_there:
             raise
         original.unlink()
         raise failure(original, published, error) from None
     print("\n".join(lines), flush=True)
-
-
-def convert_checked(original, path, published):
-    """Convert, and keep the file only if it has the published sizes."""
-    complete = False
-    try:
-        lines = convert.convert(original, path)
-        check_sizes(original, published, load_teacher(path))
-        complete = True
-        return lines
-    finally:
-        if not complete:
-            path.unlink(missing_ok=True)
 
 
 def unknown(name, folder):

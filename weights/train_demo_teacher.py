@@ -28,7 +28,7 @@ from torch import nn
 if __name__ == "__main__":
     import _root  # noqa: F401 (puts the repository on the path)
 
-from runs import WEIGHTS, Parser, UserError, atomic, check_whole, script
+from runs import WEIGHTS, Parser, UserError, atomic, check_whole, new_folder, script
 from vit import ViT, load_vit
 from vitad import LAYERS
 from weights.convert import save
@@ -265,7 +265,8 @@ def main(argv):
         check_whole(name, getattr(args, name), least)
     if not 0 < args.lr < math.inf:
         raise UserError(f"--lr: expected more than 0 and finite, got {args.lr}")
-    with atomic(args.out) as temporary:  # a place that takes no file is found out at once
+    # A place that takes no file is found out at once.
+    with new_folder(args.out.parent), atomic(args.out) as temporary:
         torch.manual_seed(args.seed)
         vit = train(args.steps, args.batch_size, args.lr)
         halves = {key: value.half() for key, value in vit.state_dict().items()}
