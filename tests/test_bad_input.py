@@ -928,12 +928,22 @@ def world(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def copied(world, tmp_path, monkeypatch):
-    """The world once more, to be changed."""
-    folder = tmp_path / "world"
+@pytest.fixture(scope="module")
+def shared_copy(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("copy") / "world"
     shutil.copytree(world, folder, ignore=shutil.ignore_patterns("cache"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return folder
+
+
+@pytest.fixture
+def copied(request, world, shared_copy, tmp_path_factory, monkeypatch):
+    """The world once more, to be changed."""
+    row = request.node.callspec.params["row"] if hasattr(request.node, "callspec") else (0, 1)
+    folder = shared_copy
+    if row[1] or len(row) == 6:
+        folder = tmp_path_factory.mktemp("own") / "world"
+        shutil.copytree(world, folder, ignore=shutil.ignore_patterns("cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
     monkeypatch.setattr(curves, "TABLE", folder / "recipe.csv")
     return folder
 

@@ -379,6 +379,24 @@ def test_official_files_of_fashion_mnist_become_three_channels(tmp_path, small_c
     assert [image.unique().tolist() for image in train.images] == [[0], [1], [2]]
 
 
+class OfficialCifar100(OfficialCifar):
+    def __init__(self, root, train, download):
+        n = 3 if train else 2
+        self.targets = [c for c in range(100) for _ in range(n)]
+        self.data = self.values(np.arange(len(self.targets), dtype=np.uint16) % 100)
+
+
+def test_official_files_of_cifar100_number_the_sorted_classes(tmp_path, small_counts, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", OfficialCifar100)
+    train, test = both_splits("cifar100", tmp_path, "fish")
+    fish = {"aquarium_fish": 1, "flatfish": 32, "ray": 67, "shark": 73, "trout": 91}
+    expected = [f"train/{name}/{3 * c + i:05d}" for name, c in fish.items() for i in range(3)]
+    assert train.names == expected
+    assert [i for i, label in enumerate(test.labels) if label == 0] == [
+        2 * c + i for c in fish.values() for i in range(2)
+    ]
+
+
 def test_a_pickle_whose_md5_is_wrong_is_not_opened(tmp_path, monkeypatch):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()

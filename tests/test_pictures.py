@@ -214,6 +214,15 @@ def test_pictures_that_do_not_decode(world, tmp_path):
     assert result.code == 2 and "expected pictures that decode, got none" in result.err
 
 
+def test_a_large_picture_with_a_long_name_becomes_a_small_heat_map(tmp_path):
+    gallery = Gallery(tmp_path, "a title", 1.0, (0, 1))
+    parts = dict.fromkeys(("score_d", "score_d_cls", "score_a_teacher", "score_a_student"), 0.5)
+    image = np.zeros((600, 1200, 3), np.uint8)
+    file = gallery.add(f"{'x' * 230}.png", image, torch.rand(4), {"score": 1.0, **parts})
+    assert Image.open(file).size == (3 * 448, 224 + 44)
+    assert "anomalous" in gallery.close().read_text()  # a score of delta is, Eq. 10
+
+
 def test_several_runs_cannot_share_pictures(world, tmp_path):
     shutil.copytree(world / "runs", tmp_path / "runs")
     shutil.copytree(tmp_path / RUN, tmp_path / "runs/folder/own/seed1")

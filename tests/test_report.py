@@ -196,6 +196,14 @@ def test_the_chart_has_the_paper_and_ours_per_category_and_in_the_mean():
     assert len(heights(chart(results, both))) == 3
 
 
+def test_a_table_sorts_seeds_as_numbers_and_keeps_a_bar_in_a_command():
+    results = [result_of("pill", seed, 90.0) for seed in (0, 10, 2)]
+    results[0]["trained"]["command"] = "python train.py --data-root a|b"
+    text = table(results)
+    assert rows_of(text)["pill"][-2] == "0, 2, 10"
+    assert "a&#124;b" in text
+
+
 def test_cell():
     assert cell([]) == "" and cell([None]) == "" and cell([99.756]) == "99.76"
     assert cell([1.0, 2.0, 3.0]) == "2.00 ± 1.00"

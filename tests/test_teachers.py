@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import call
 from results.pictures import Gallery
@@ -26,13 +27,15 @@ PARAMETERS = {"tiny": 5_717_416, "small": 22_050_664, "base": 86_567_656, "large
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_sizes(size):
+def test_sizes(size, monkeypatch):
     with torch.device("meta"):
         vit = ViT(**SIZES[size], classes=1000)
     assert sum(p.numel() for p in vit.parameters()) == PARAMETERS[size]
     layers = (7, 13, 19, 23) if size == "large" else (3, 6, 9, 11)
-    with torch.no_grad():  # only the shapes count
-        features = vit.to_empty(device="cpu")(torch.zeros(1, 3, 224, 224), layers)
+    monkeypatch.setattr(ViT, "initialise", lambda self: None)
+    with FakeTensorMode():  # only the shapes count
+        vit = ViT(**SIZES[size])
+        features = vit(torch.zeros(1, 3, 224, 224), layers)
     assert [x.shape for x in features.values()] == [(1, 197, vit.config["width"])] * 4
 
 
@@ -53,7 +56,6 @@ def public_file(folder, name, size, **changes):
     [
         ("vit_tiny_patch16_224", "tiny", {"classes": 1000}),
         ("vit_small_patch16_224", "small", {"classes": 1000}),
-        ("vit_small_patch16_224.dino", "small", {}),
         ("vit_small_patch14_dinov2", "small", {"patch": 14, "grid": 37}),
     ],
 )
@@ -70,11 +72,11 @@ def test_a_checkpoint_becomes_a_teacher(tmp_path, name, size, changes):
     assert teacher.image_size == 224 and teacher.config["grid"] == side
 
     model = Distillation(teacher)
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     t = model.teach(images)
     model.update_anchor(t)
     scores = model.scores(images, t)
-    assert scores["score"].isfinite().all() and scores["heat"].shape == (2, side * side)
+    assert scores["score"].isfinite().all() and scores["heat"].shape == (1, side * side)
     model.top_k = side * side  # all patches: the mean of the heat is the patches' part of the score
     scores = model.scores(images)
     torch.testing.assert_close(

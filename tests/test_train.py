@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from conftest import tiny_vit
+from conftest import make_category, tiny_vit
 from runs import UserError
 from vitad import LAYERS, Distillation
 
@@ -143,6 +143,15 @@ def test_schedule_of_the_learning_rate():
     constant = train.Settings(warmup=2, decay="constant")
     assert [train.schedule(step, 6, constant) for step in range(6)] == [0.5, 1, 1, 1, 1, 1]
     assert train.schedule(0, 6, train.Settings(warmup=0)) == 1
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    run = SimpleNamespace(seed=7, kept=torch.arange(10, 30))
+    first, again, second = (train.Training.order(run, epoch).tolist() for epoch in (1, 1, 2))
+    run.seed = 9
+    other = train.Training.order(run, 2).tolist()
+    assert first == again and first != second != other
+    assert sorted(first) == sorted(second) == list(range(10, 30))
 
 
 def test_images_held_out_depend_on_the_category_and_not_on_the_seed():
@@ -293,7 +302,21 @@ def test_a_graph_is_recorded_on_the_device_that_was_asked_for(monkeypatch):
 
 
 def test_a_run_that_has_ended_takes_no_memory(tmp_path):
-    settings, _, _ = train.parse(["--epochs", "1", "--out", str(tmp_path)])
+    make_category(tmp_path / "own", train=3)
+    settings, _, _ = train.parse(
+        [
+            "--epochs",
+            "1",
+            "--dataset",
+            "folder",
+            "--data-root",
+            str(tmp_path / "own"),
+            "--weights",
+            "demo_teacher",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     settings, device = train.set_up(settings)
     teacher = train.runs.load_teacher(train.ensure_weights(settings.weights))
     gc.collect()

@@ -38,7 +38,7 @@ def torchvision_vit():
     """torchvision's ViT-B/16 with random weights: an input, each block's output, the logits."""
     torch.manual_seed(0)
     model = perturb(vit_b_16(weights=None), scale=0.03).eval()
-    images = torch.randn(2, 3, 224, 224)
+    images = torch.randn(1, 3, 224, 224)
     blocks = []
     for block in model.encoder.layers:
         block.register_forward_hook(lambda module, inputs, output: blocks.append(output))
@@ -55,10 +55,10 @@ def ours_from(torchvision_vit):
     return vit.eval()
 
 
-def block_errors(vit, torchvision_vit):
+def block_errors(vit, torchvision_vit, count=12):
     with torch.no_grad():
-        features = vit(torchvision_vit.images, range(12))
-    return [error(features[c], torchvision_vit.blocks[c]) for c in range(12)]
+        features = vit(torchvision_vit.images, range(count))
+    return [error(features[c], torchvision_vit.blocks[c]) for c in range(count)]
 
 
 def test_every_block_equals_torchvision(torchvision_vit):
@@ -90,7 +90,7 @@ def mutate_qk(vit):
 def test_a_mutated_network_does_not_pass(torchvision_vit, mutate):
     vit = ours_from(torchvision_vit)
     mutate(vit)
-    assert max(block_errors(vit, torchvision_vit)) > 2 * BOUND
+    assert max(block_errors(vit, torchvision_vit, count=2)) > 2 * BOUND
 
 
 def test_forward_gives_the_named_blocks_and_computes_no_more():
@@ -150,14 +150,16 @@ def test_prepare_takes_bytes_of_any_shape():
 def test_prepare_enlarges_small_images_as_pillow_does():
     vit = tiny_vit(mean=(0, 0, 0), std=(1, 1, 1))
     generator = torch.Generator().manual_seed(0)
-    small = torch.randint(80, 176, (2, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    small = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=generator)
     ours = vit.prepare(small) * 255
     assert ours.shape == (2, 3, 224, 224)
     for image, pixels in zip(ours, small, strict=True):
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         theirs = np.asarray(picture.resize((224, 224), Image.Resampling.BICUBIC))
-        # Pillow rounds to uint8 after each axis.
-        assert np.abs(image.permute(1, 2, 0).numpy() - theirs).max() < 1.5
+        # Pillow rounds to uint8, and cuts at 0 and 255, after each axis.
+        difference = np.abs(image.permute(1, 2, 0).numpy() - theirs)
+        assert difference.mean() < 0.5 and np.quantile(difference, 0.9) < 1.5
+        assert image.min() >= 0 and image.max() <= 255
 
 
 # ---------------------------------------------------------------------------------------- load_vit
@@ -183,75 +185,21 @@ def test_load_vit_reads_every_size_from_the_file(tmp_path, changes):
         assert torch.equal(loaded(images, (last,))[last], saved(images, (last,))[last])
 
 
-def metadata(heads):
-    """Those of a converted checkpoint."""
-    about = {"mean": [0.5] * 3, "std": [0.5] * 3, "activation": "gelu", "heads": heads}
-    return {"vitad": json.dumps(about)}
-
-
-def broken(kind, tmp_path):
-    """A file that load_vit has to refuse, and the words it has to find for it."""
-    vit, path = tiny_vit(), tmp_path / "vit.safetensors"
-    tensors, about = vit.state_dict(), metadata(heads=2)
-    if kind == "absent":
-        return path, "no such file"
-    if kind == "text":
-        path.write_text("not a tensor in sight, just words" * 50)
-        return path, "expected a safetensors file, got another kind"
-    if kind == "empty":
-        path.write_bytes(b"")
-        return path, "expected a safetensors file"
-    if kind == "missing":
-        del tensors["blocks.3.attn.proj.bias"]
-        words = "expected a tensor blocks.3.attn.proj.bias"
-    if kind == "extra":
-        tensors["dist_token"] = torch.zeros(1)
-        words = "got dist_token"
-    if kind == "shape":
-        tensors["blocks.2.mlp.fc2.weight"] = torch.zeros(32, 65)
-        words = "expected blocks.2.mlp.fc2.weight of shape (32, 64), got (32, 65)"
-    if kind == "dimensions":
-        tensors["pos_embed"] = torch.zeros(50)
-        words = "expected pos_embed with 3 dimensions"
-    if kind == "heads":
-        about = metadata(heads=3)
-        words = "3 heads divide"
-    if kind == "layout":
-        tensors = {"class_token": torch.zeros(1), "conv_proj.weight": torch.zeros(1)}
-        words = "another layout (class_token, ...): run python weights/convert.py"
-    if kind == "unconverted":
-        about = None
-        words = "not converted: run python weights/convert.py"
-    if kind == "truncated":
-        words = "truncated"
-    save_file(tensors, path, metadata=about)
-    if kind == "truncated":
-        path.write_bytes(path.read_bytes()[:-1000])
-    return path, words
-
-
 @pytest.mark.parametrize(
-    "kind",
+    "name, shape, words",
     [
-        "absent",
-        "text",
-        "empty",
-        "missing",
-        "extra",
-        "shape",
-        "dimensions",
-        "heads",
-        "layout",
-        "unconverted",
-        "truncated",
+        ("dist_token", (1,), "got dist_token"),
+        ("blocks.2.mlp.fc2.weight", (32, 65), "blocks.2.mlp.fc2.weight of shape (32, 64), got (32"),
     ],
 )
-def test_load_vit_refuses(tmp_path, kind):
-    path, words = broken(kind, tmp_path)
+def test_load_vit_refuses_tensors_that_are_not_the_networks(tmp_path, name, shape, words):
+    """What else it refuses: test_bad_input.py."""
+    about = {"mean": [0.5] * 3, "std": [0.5] * 3, "activation": "gelu", "heads": 2}
+    tensors = {**tiny_vit().state_dict(), name: torch.zeros(shape)}
+    save_file(tensors, tmp_path / "vit.safetensors", metadata={"vitad": json.dumps(about)})
     with pytest.raises(ValueError) as caught:
-        load_vit(path)
-    message = str(caught.value)
-    assert words in message and str(path) in message and "\n" not in message
+        load_vit(tmp_path / "vit.safetensors")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 # -------------------------------------------------------------------- real weights, timm's numbers

@@ -360,6 +360,8 @@ def test_student_is_random_and_has_the_teachers_architecture():
         if key.endswith("weight") and value.ndim > 1:
             assert not torch.equal(value, model.teacher.state_dict()[key])
             assert 0.015 < value.std() < 0.025
+        if key.endswith("bias"):
+            assert (value == 0).all()
 
 
 def test_scores_are_eq10_of_the_features():
