@@ -25,7 +25,6 @@ import contextlib
 import itertools
 import json
 import math
-import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -423,12 +422,6 @@ def decode_pictures(files, size, skip_bad):
 # ------------------------------------------------------------------------------------------- tables
 
 
-def mean(values):
-    """None if one of the values is not known."""
-    values = list(values)
-    return None if None in values else statistics.fmean(values)
-
-
 def table(results):
     """The results of one data set as text: a row per run, and the mean over the categories.
 
@@ -448,11 +441,7 @@ def table(results):
     by_category = {}
     for result in results:
         by_category.setdefault(result["category"], []).append(result)
-    category_means = [
-        {key: mean(result.get(key) for result in seeds) for key in columns.values()}
-        for seeds in by_category.values()
-    ]
-    means = {key: mean(row[key] for row in category_means) for key in columns.values()}
+    means = {key: report.mean_over_categories(by_category, key) for key in columns.values()}
     rows = [(result["category"], str(result["seed"]), result) for result in results]
     rows.append(("mean", "", means))
     width = max(len("category"), *(len(name) for name, _, _ in rows))

@@ -138,17 +138,17 @@ def table(results, nearest=()):
 
 def means(dataset, by_category, columns):
     """The last row: over the categories that have run, each the mean of its seeds."""
-    done = [category for category, seeds in by_category.items() if seeds]
+    done = {category: seeds for category, seeds in by_category.items() if seeds}
     known = [paper_auroc(dataset)[c] for c in done if c in paper_auroc(dataset)]
-    cells = [cell([mean_over_categories(by_category, done, key)]) for key in columns.values()]
+    cells = [cell([mean_over_categories(done, key)]) for key in columns.values()]
     return row(
         [f"mean of {len(done)}", cell([statistics.fmean(known)] if known else []), *cells, "", ""]
     )
 
 
-def mean_over_categories(by_category, categories, key):
-    """None if one of the categories lacks the number."""
-    values = [[r.get(key) for r in by_category[category]] for category in categories]
+def mean_over_categories(by_category, key):
+    """{category: results} -> the mean of the means over the seeds; None if one lacks the number."""
+    values = [[r.get(key) for r in seeds] for seeds in by_category.values()]
     if any(value is None for seeds in values for value in seeds):
         return None
     return statistics.fmean(map(statistics.fmean, values))
