@@ -144,7 +144,7 @@ def find_category(dataset, text):
     wanted = slug(text).lower()
     if wanted in names:
         return names[wanted]
-    if wanted.isdecimal() and int(wanted) < len(known):
+    if wanted in map(str, range(len(known))):
         return known[int(wanted)]
     others = [
         other for other in CATEGORIES if wanted in {slug(c).lower() for c in CATEGORIES[other]}

@@ -902,7 +902,11 @@ def left_in_control_groups(own="/proc/self/cgroup", root="/sys/fs/cgroup"):
             limit = folder / "memory.max"
             if limit.is_file() and limit.read_text().strip() != "max":
                 used = int((folder / "memory.current").read_text())
-                left = min(left, int(limit.read_text()) - used)
+                facts = dict(line.split() for line in (folder / "memory.stat").open())
+                given_back = int(
+                    facts["inactive_file"]
+                )  # what is kept of files while there is room
+                left = min(left, int(limit.read_text()) - used + given_back)
     return max(left, 0)
 
 

@@ -5,7 +5,7 @@ class token is put in front, a position embedding is added, and M encoder blocks
 et al. 2021, "An Image is Worth 16x16 Words"). Parameters carry timm's names, so that public
 checkpoints load strictly. `weights/convert.py` turns other layouts into this one.
 
-Shapes: B images, N = 1 + P tokens (class token first), D width, H heads, S pixels a side.
+Shapes: B images, 1 + P tokens (class token first), D width, H heads, S pixels a side.
 """
 
 import hashlib
@@ -63,11 +63,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x):
-        B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, D/H)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        B, tokens, D = x.shape
+        qkv = self.qkv(x).reshape(B, tokens, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, 1 + P, D/H)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, 1 + P, D/H)
+        return self.proj(x.transpose(1, 2).reshape(B, tokens, D))
 
 
 class Mlp(nn.Module):

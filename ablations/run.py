@@ -2,7 +2,7 @@
 """The paper's ablations, section 4.3: train what a figure compares, score it, and draw it.
 
     python ablations/run.py --figure 4 --categories bottle,pill --seeds 0,1,2
-    python ablations/run.py --figure 3b --categories bottle --vgg16 vgg16.safetensors --epochs 8
+    python ablations/run.py --figure 3b --categories bottle --epochs 8 --results figures
 
 Any other option is train.py's and holds for all runs of the figure. Refused are --overwrite,
 --dataset, --category, --without, --pos-embed, and with a CNN --cache. The command may be stopped at
@@ -17,6 +17,7 @@ if __name__ == "__main__":
     # See train.py: threads that wait for each other should not spin for long.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import contextlib
 import itertools
 import statistics
 import sys
@@ -257,10 +258,10 @@ def read_csv(figure, request):
 
 
 def refuse_to_lose(path, request):
-    """Refuse to write fewer categories or seeds over a figure's CSV."""
-    if not path.is_file():
-        return
-    there = {(r["category"], r["seed"]) for r in runs.read_csv(path, COLUMNS)}
+    """Refuse to write fewer categories or seeds over a figure's CSV, if that is a whole one."""
+    there = set()
+    with contextlib.suppress(UserError, OSError):
+        there = {(r["category"], r["seed"]) for r in runs.read_csv(path, COLUMNS)}
     lost = there - set(itertools.product(request.categories, map(str, request.seeds)))
     if lost:
         category, seed = min(lost)
@@ -274,10 +275,10 @@ def make(figure, request):
     """Run what a figure compares, write its CSV, table and chart; -> the rows of the CSV."""
     names = [name for name, _ in FIGURES[figure].variants]
     path = request.results / f"figure_{figure}.csv"
-    refuse_to_lose(path, request)
-    parts = PARTS_OF_5 if figure == "5" else (figure,)
-    for part in parts:
-        check_options(part, request)
+    parts = PARTS_OF_5 if figure == "5" else ()
+    for one in (figure, *parts):
+        refuse_to_lose(request.results / f"figure_{one}.csv", request)
+        check_options(one, request)
     rows = []
     if figure == "5":
         for part in parts:

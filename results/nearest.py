@@ -6,7 +6,6 @@
 A memory holds the teacher's patch tokens of the normal training images, at most M a layer. An image
 scores the mean of its patches' largest 1 % of distances (1 - cosine) to the nearest token in it,
 summed over the layers, as in PatchCore and AnomalyDINO. The result is in <out>/<dataset>/nearest/.
-`--category all` is for CIFAR and Fashion-MNIST: the teacher sees their 10,000 test images once.
 """
 
 import json
@@ -79,7 +78,8 @@ def results_of(categories, args, teacher):
         memories.append(fill_memory(teacher, normal, LAYERS, args.memory))
     for i, scores in enumerate(score_images(teacher, test.images, memories)):
         value = auroc(sum(scores.values()), labels[i])
-        yield {"dataset": args.dataset, "category": categories[i], "auroc": value}
+        size = len(memories[i][LAYERS[0]])
+        yield {"dataset": args.dataset, "category": categories[i], "auroc": value, "memory": size}
 
 
 @runs.script

@@ -83,7 +83,8 @@ def mean_and_spread(values):
 
 def row(cells):
     """A row of a Markdown table."""
-    return f"| {' | '.join(str(x).replace('|', '&#124;') for x in cells)} |"
+    texts = [str(x).replace("|", r"\|") for x in cells]
+    return f"| {' | '.join(texts)} |"
 
 
 def table(results, nearest=()):

@@ -84,8 +84,9 @@ def test_free_bytes(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "memory.max").write_text(f"{limit}\n")
         (tmp_path / name / "memory.current").write_text("2000\n")
+        (tmp_path / name / "memory.stat").write_text("anon 1500\ninactive_file 500\n")
     (tmp_path / "own").write_text("1:memory:/other\n0::/job/step/task\n")
-    assert train.left_in_control_groups(tmp_path / "own", tmp_path) == 7000
+    assert train.left_in_control_groups(tmp_path / "own", tmp_path) == 7500
     assert train.free_bytes("off", "cpu") == math.inf
 
 
