@@ -184,7 +184,9 @@ def test_figure_5_is_made_of_the_tables_of_others(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "ablations/results").glob("*.csv")), ids=lambda path: path.stem
+    "path",
+    sorted((ROOT / "ablations/results").rglob("*.csv")),
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
 )
 def test_tables_and_charts_follow_from_the_numbers_beside_them(path):
     figure = path.stem.removeprefix("figure_")
