@@ -211,7 +211,7 @@ def world(tmp_path_factory):
     "figure, seeds, options",
     [
         ("4", "01", ()),
-        ("3c", "0", ("--resnet18", "resnet18.safetensors", "--image-size", 64, "--top-k", 4)),
+        ("3c", "01", ("--resnet18", "resnet18.safetensors", "--image-size", 64, "--top-k", 4)),
     ],
 )
 def test_a_figure_from_training_to_the_chart(world, figure, seeds, options):

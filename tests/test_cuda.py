@@ -22,8 +22,8 @@ from data import Split
 from vit import ViT
 from vitad import Distillation
 
-LAYERS = (0, 1)
-SMALL = {"width": 64, "depth": 2, "heads": 2, "patch": 16, "grid": 3, "hidden": 96}
+LAYERS = (0, 2)
+SMALL = {"width": 64, "depth": 3, "heads": 2, "patch": 16, "grid": 3, "hidden": 96}
 PATCHES = 9
 
 

@@ -23,7 +23,7 @@ import train
 from conftest import assert_one_sentence, call, make_category, save_vit, tiny_vit
 
 RUN = "folder/own/seed0"
-KILLED = ("--epochs", 40, "--checkpoint-every", 0)  # 120 steps: a checkpoint at every epoch's end
+KILLED = ("--epochs", 60, "--checkpoint-every", 0)  # 180 steps: a checkpoint at every epoch's end
 KILLS = 6
 
 
@@ -228,7 +228,7 @@ def test_a_signal_that_comes_too_late_for_a_run_stops_the_next(world, tmp_path, 
 def test_the_checkpoint_decides_and_not_what_ran_before(world, undisturbed, tmp_path):
     """A mutation of any kind of state shows in the end; else the comparison would prove nothing."""
     whole = undisturbed()
-    stop_run(world, tmp_path, step=9)
+    stop_run(world, tmp_path)
     path = tmp_path / RUN / "checkpoint.safetensors"
     tensors = load_file(path)
     of_muon = "optimizer.3.momentum_buffer"  # the other optimiser has the numbers from 16 on

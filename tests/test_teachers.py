@@ -56,6 +56,7 @@ def public_file(folder, name, size, **changes):
     [
         ("vit_tiny_patch16_224", "tiny", {"classes": 1000}),
         ("vit_small_patch16_224", "small", {"classes": 1000}),
+        ("vit_small_patch16_224.dino", "small", {}),
         ("vit_small_patch14_dinov2", "small", {"patch": 14, "grid": 37}),
     ],
 )
@@ -72,11 +73,11 @@ def test_a_checkpoint_becomes_a_teacher(tmp_path, name, size, changes):
     assert teacher.image_size == 224 and teacher.config["grid"] == side
 
     model = Distillation(teacher)
-    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     t = model.teach(images)
     model.update_anchor(t)
     scores = model.scores(images, t)
-    assert scores["score"].isfinite().all() and scores["heat"].shape == (1, side * side)
+    assert scores["score"].isfinite().all() and scores["heat"].shape == (2, side * side)
     model.top_k = side * side  # all patches: the mean of the heat is the patches' part of the score
     scores = model.scores(images)
     torch.testing.assert_close(

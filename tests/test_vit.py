@@ -38,7 +38,7 @@ def torchvision_vit():
     """torchvision's ViT-B/16 with random weights: an input, each block's output, the logits."""
     torch.manual_seed(0)
     model = perturb(vit_b_16(weights=None), scale=0.03).eval()
-    images = torch.randn(1, 3, 224, 224)
+    images = torch.randn(2, 3, 224, 224)
     blocks = []
     for block in model.encoder.layers:
         block.register_forward_hook(lambda module, inputs, output: blocks.append(output))
@@ -147,18 +147,20 @@ def test_prepare_takes_bytes_of_any_shape():
         vit.prepare(torch.rand(1, 3, 224, 224))
 
 
-def test_prepare_enlarges_small_images_as_pillow_does():
+@pytest.mark.parametrize("low, high", [(80, 176), (0, 256)])
+def test_prepare_enlarges_small_images_as_pillow_does(low, high):
     vit = tiny_vit(mean=(0, 0, 0), std=(1, 1, 1))
     generator = torch.Generator().manual_seed(0)
-    small = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    small = torch.randint(low, high, (2, 3, 32, 32), dtype=torch.uint8, generator=generator)
     ours = vit.prepare(small) * 255
     assert ours.shape == (2, 3, 224, 224)
     for image, pixels in zip(ours, small, strict=True):
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         theirs = np.asarray(picture.resize((224, 224), Image.Resampling.BICUBIC))
-        # Pillow rounds to uint8, and cuts at 0 and 255, after each axis.
+        # Pillow rounds to uint8 after each axis, and cuts what lies beyond 0 and 255.
         difference = np.abs(image.permute(1, 2, 0).numpy() - theirs)
         assert difference.mean() < 0.5 and np.quantile(difference, 0.9) < 1.5
+        assert low == 0 or difference.max() < 1.5
         assert image.min() >= 0 and image.max() <= 255
 
 
