@@ -17,7 +17,6 @@ if __name__ == "__main__":
     import _root  # noqa: F401 (the top of the project goes onto the path)
 
 import torch
-import torch.nn.functional as F
 
 import runs
 from data import CATEGORIES, SMALL, find_category, slug, test_split, train_split
@@ -33,7 +32,7 @@ def patch_tokens(teacher, images, layers):
     """uint8 images -> batches {c: their patch tokens, of length 1, (B, P, D)}."""
     for batch in images.split(EVAL_BATCH):
         features = teacher(teacher.prepare(batch.to(teacher.mean.device)), layers)
-        yield {c: F.normalize(x[:, 1:], dim=-1) for c, x in features.items()}
+        yield {c: torch.nn.functional.normalize(x[:, 1:], dim=-1) for c, x in features.items()}
 
 
 def fill_memory(teacher, images, layers, most):
@@ -87,7 +86,7 @@ def main(argv):
     parser = runs.Parser(__doc__)
     add = parser.add_argument
     add("--dataset", required=True, choices=[d for d in PER_DATASET if d != "folder"])
-    add("--category", default="0", help="name, place in the paper's table; all of a small data set")
+    add("--category", default="0", help="name or place; of a small data set several (0,3), or all")
     add("--data-root", help="folder of the data set (default as in train.py)")
     add("--weights", help=f"teacher: a file or a name (default {TEACHER}; demo demo_teacher)")
     add("--memory", type=int, default=20000, metavar="M", help="patches a layer (default 20000)")
@@ -96,9 +95,10 @@ def main(argv):
     args = parser.parse_args(argv)
     runs.check_whole("memory", args.memory, 1)
     args.data_root = args.data_root or PER_DATASET[args.dataset].get("data_root")
-    categories = CATEGORIES[args.dataset]
-    if args.category != "all" or args.dataset not in SMALL:
-        categories = [find_category(args.dataset, args.category)]
+    names = [args.category]
+    if args.dataset in SMALL:  # whose categories share their test images
+        names = CATEGORIES[args.dataset] if args.category == "all" else args.category.split(",")
+    categories = [find_category(args.dataset, name) for name in names]
     weights = args.weights or PER_DATASET[args.dataset].get("weights", TEACHER)
     device = runs.pick_device(args.device)
     runs.set_tf32("fp32")

@@ -151,20 +151,21 @@ def test_nearest_patches_against_a_naive_loop():
     assert nearest.score(patches, patches[:9]) == pytest.approx(top)
 
 
-def test_nearest_patches_of_all_categories_at_once(tmp_path, small_counts):
+def test_nearest_patches_of_several_categories_at_once(tmp_path, small_counts):
     make_classes(tmp_path / "data", "cifar10", CATEGORIES["cifar10"])
     save_vit(tiny_vit(), tmp_path / "teacher.safetensors")
     command = ("--dataset", "cifar10", "--weights", "teacher.safetensors", "--memory", 30, "--out")
     results = {}
-    for category in ("all", "cat"):
+    for category in ("all", "cat", "2,cat"):
         done = call(nearest.main, *command, category, "--category", category, cwd=tmp_path)
         assert done.code == 0, done.err
         paths = (tmp_path / category).glob("cifar10/nearest/*.json")
         results[category] = {path.stem: json.loads(path.read_text()) for path in paths}
     assert set(results["all"]) == set(CATEGORIES["cifar10"])
-    assert set(results["cat"]) == {"cat"}
+    assert set(results["cat"]) == {"cat"} and set(results["2,cat"]) == {"bird", "cat"}
     for key in ("dataset", "category", "auroc", "memory"):
-        assert results["all"]["cat"][key] == results["cat"]["cat"][key]
+        values = {found["cat"][key] for found in results.values()}
+        assert len(values) == 1
     assert len({result["auroc"] for result in results["all"].values()}) > 1
     save_vit(tiny_vit(seed=1), tmp_path / "teacher.safetensors")
     refused = call(nearest.main, *command, "all", "--category", "cat", cwd=tmp_path)
