@@ -671,7 +671,7 @@ class Muon(torch.optim.Muon):
 
     def __init__(self, matrices, *, lr, weight_decay, bf16):
         super().__init__(matrices, lr, weight_decay)
-        self.bf16 = bf16
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     @torch.no_grad()
     def step(self):
@@ -681,8 +681,8 @@ class Muon(torch.optim.Muon):
                 if p.grad is not None:  # it is None in a block behind the last tapped one
                     by_shape[p.shape].append(p)
             for shape, matrices in by_shape.items():
-                averages = torch.stack([self.average(p, group) for p in matrices])
-                updates = orthogonalise(averages, group, self.bf16)
+                averages = [self.average(p, group).to(self.dtype) for p in matrices]
+                updates = orthogonalise(torch.stack(averages), group).float()
                 for p, update in zip(matrices, updates, strict=True):
                     if group["weight_decay"]:
                         p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -698,15 +698,14 @@ class Muon(torch.optim.Muon):
         return p.grad.lerp(average, group["momentum"])
 
 
-def orthogonalise(x, group, bf16):
+def orthogonalise(x, group):
     """Matrices (n, rows, columns) -> about U V^T for each matrix U S V^T, by Newton-Schulz."""
     tall = x.shape[1] > x.shape[2]
     wide = x.mT if tall else x
-    if bf16:
-        wide = wide.bfloat16()
     wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=group["eps"])
-    wide = newton_schulz_bf16(wide, group) if bf16 else newton_schulz(wide, group)
-    return (wide.mT if tall else wide).float()
+    steps = newton_schulz_bf16 if x.dtype == torch.bfloat16 else newton_schulz
+    wide = steps(wide, group)
+    return wide.mT if tall else wide
 
 
 def newton_schulz(wide, group):

@@ -65,8 +65,11 @@ class Attention(nn.Module):
     def forward(self, x):
         B, tokens, D = x.shape
         qkv = self.qkv(x).reshape(B, tokens, 3, self.heads, D // self.heads)
+        if x.device.type == "cpu":
+            qkv = qkv.float()  # a CPU's attention takes longer in bfloat16
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, 1 + P, D/H)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, 1 + P, D/H)
+        with torch.autocast("cpu", enabled=False):
+            x = F.scaled_dot_product_attention(q, k, v)  # (B, H, 1 + P, D/H)
         return self.proj(x.transpose(1, 2).reshape(B, tokens, D))
 
 

@@ -253,6 +253,20 @@ def test_real_weights_give_timms_features(real_vit, weights, golden, bound):
             assert logits.argmax() == label
 
 
+def test_a_cpu_attends_in_float32(monkeypatch):
+    vit, seen = tiny_vit(), []
+    attend = F.scaled_dot_product_attention
+
+    def noted(q, k, v):
+        seen.append((q.dtype, k.dtype, v.dtype))
+        return attend(q, k, v)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    with torch.autocast("cpu", torch.bfloat16):
+        vit(torch.randn(1, 3, 224, 224), (1,))
+    assert seen == 2 * [3 * (torch.float32,)]
+
+
 @pytest.mark.parametrize(
     "weights, bound",
     [("deit_tiny_patch16_224.safetensors", 0.018), ("dinov2_vits14_fp16.safetensors", 0.027)],
