@@ -316,7 +316,10 @@ def summarise(scored):
         "misses_by_kind": misses_by_kind,
         "teacher": config["teacher"].get("name"),
         "teacher_sha256": config["teacher"]["sha256"],
-        "trained": {key: config[key] for key in TRAINED if key in config},
+        "trained": {
+            **{key: config[key] for key in TRAINED if key in config},
+            "precision": settings.get("precision"),
+        },
     }
 
 

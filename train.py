@@ -665,8 +665,9 @@ class Muon(torch.optim.Muon):
 
     torch takes one matrix after the other, in bfloat16 always. A GPU spends its time starting the
     many small products, and a CPU without bfloat16 products takes 70 times as long for them. So
-    here they are batched, and in float32 unless `bf16`. Momentum (Nesterov, 0.95) and the five
-    steps of Newton-Schulz are torch's defaults; --momentum is SGD's.
+    here they are batched, and in float32 unless `bf16`. Averages and weights are float32 always.
+    Momentum (Nesterov, 0.95) and the five steps of Newton-Schulz are torch's defaults; --momentum
+    is SGD's.
     """
 
     def __init__(self, matrices, *, lr, weight_decay, bf16):
@@ -699,7 +700,10 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalise(x, group):
-    """Matrices (n, rows, columns) -> about U V^T for each matrix U S V^T, by Newton-Schulz."""
+    """Matrices (n, rows, columns) -> about U V^T for each matrix U S V^T, by Newton-Schulz.
+
+    In the precision of x, on which its form depends.
+    """
     tall = x.shape[1] > x.shape[2]
     wide = x.mT if tall else x
     wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=group["eps"])

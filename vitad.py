@@ -301,7 +301,8 @@ class Distillation(nn.Module):
     pos_embed: "copy" is strategy 2 of Fig. 7, the method's: the teacher's position embedding,
         frozen. "learn" is strategy 1, read as: the student trains its own.
     anchor: see `Anchor`. without: terms of Eq. 6 to leave out, "anchor" or "gram", for ablations.
-    precision: "bf16" runs both networks under autocast; weights, losses, scores stay float32.
+    precision: "bf16" runs both networks under autocast; weights, losses, scores stay float32, and
+        what vit.py keeps out of autocast.
 
     `calibrate` sets the rest, by normal images. delta: the threshold of Eq. 10. heat_scale: two
     values, the median heat of a patch, and the `threshold` of each image's hottest patch. Before,

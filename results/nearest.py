@@ -86,7 +86,7 @@ def main(argv):
     parser = runs.Parser(__doc__)
     add = parser.add_argument
     add("--dataset", required=True, choices=[d for d in PER_DATASET if d != "folder"])
-    add("--category", default="0", help="name or place; of a small data set several (0,3), or all")
+    add("--category", default="0", help="name or place; of the small data sets several, or all")
     add("--data-root", help="folder of the data set (default as in train.py)")
     add("--weights", help=f"teacher: a file or a name (default {TEACHER}; demo demo_teacher)")
     add("--memory", type=int, default=20000, metavar="M", help="patches a layer (default 20000)")

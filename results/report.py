@@ -189,7 +189,8 @@ def how_made(results, categories):
     rows = []
     for made in [*({**r, **r["trained"]} for r in ordered), *ordered]:
         command, torch = f"`{made['command']}`", made["versions"]["torch"]
-        rows.append(row([command, made["commit"] or "", made["device"], torch, made["date"][:10]]))
+        device = ", ".join([made["device"], *filter(None, [made.get("precision")])])
+        rows.append(row([command, made["commit"] or "", device, torch, made["date"][:10]]))
     head = [row(["command", "commit", "device", "torch", "date"]), "|---|---|---|---|---|"]
     return [*head, *dict.fromkeys(rows)]
 

@@ -309,10 +309,11 @@ def parts_of_a_step(teacher, B, device, precision):
     return parts
 
 
-def measure_parts(device, repeats):
-    """Where a step's time goes, at DeiT-Tiny's size, in the precision that `auto` takes."""
+def measure_parts(device, repeats, precision):
+    """Where a step's time goes, at DeiT-Tiny's size."""
     teacher = ViT(width=192, heads=3, hidden=768).to(device).eval()
-    precision = "bf16" if runs.multiplies_bf16(device) else "fp32"
+    if precision is None:  # as train.py's auto
+        precision = "bf16" if runs.multiplies_bf16(device) else "fp32"
     print(f"| part of a step, DeiT-Tiny's size, {precision} | batch 4 | batch 32 |\n|---|---|---|")
     parts = [parts_of_a_step(teacher, B, device, precision) for B in (4, 32)]
     seconds = [alternate(device, 3 * repeats, functions) for functions in parts]
@@ -331,6 +332,7 @@ def make_parser():
     add("--batch", type=int, default=32, help="the larger batch (default 32)")
     add("--memory", action="store_true", help="only print the peak memory of a step, in bytes")
     add("--parts", action="store_true", help="only print the parts of a step, at DeiT-Tiny's size")
+    add("--precision", choices=["fp32", "bf16"], help="with --parts (default as train.py's auto)")
     return parser
 
 
@@ -348,7 +350,7 @@ def main(argv):
         return
     torch.manual_seed(0)
     if args.parts:
-        measure_parts(device, args.repeats)
+        measure_parts(device, args.repeats, args.precision)
         return
     on_gpu = "cuda" in device
     repeats = args.repeats * (10 if on_gpu else 1)

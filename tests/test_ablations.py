@@ -251,18 +251,8 @@ def test_a_figure_from_training_to_the_chart(world, figure, seeds, options):
 def test_an_option_of_the_anchor_changes_no_score_that_is_compared(world):
     """The variant says which, and not the letters of its options."""
     command = ("--categories", "bottle", "--data-root", "data", "--weights", "teacher.safetensors")
-    options = (
-        "--epochs",
-        1,
-        "--precision",
-        "fp32",
-        "--results",
-        "ema",
-        "--anchor",
-        "ema",
-        "--out",
-        "ema",
-    )
+    options = ("--epochs", 1, "--results", "ema", "--anchor", "ema", "--out", "ema")
+    options = (*options, "--precision", "fp32")  # in bf16 S_D and score have the same AUROC here
     result = call(run.main, "--figure", 7, *command, *options, cwd=world)
     assert result.code == 0, result.err
     rows = read(world / "ema/figure_7.csv")

@@ -107,6 +107,19 @@ def test_autocast_is_at_work():
     assert seen == [torch.bfloat16]
 
 
+def test_a_gpu_attends_in_bfloat16(monkeypatch):
+    seen = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(q, k, v):
+        seen.append(q.dtype)
+        return attend(q, k, v)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    on_cuda(precision="bf16").teach(pictures())
+    assert seen == [torch.bfloat16] * 3
+
+
 @pytest.mark.parametrize(
     "options", [{"anchor": "ema"}, {"pos_embed": "learn"}, {"without": ("anchor", "gram")}]
 )

@@ -108,6 +108,8 @@ def test_each_command_has_its_own_version_of_torch():
     trained = {**before["trained"], "versions": {"torch": "2.14.1"}}
     text = table([{**before, "trained": trained}])
     assert text.count("| 2.15.0 |") == 1 and text.count("| 2.14.1 |") == 1
+    trained = {**before["trained"], "precision": "bf16"}
+    assert table([{**before, "trained": trained}]).count("| cpu, bf16 |") == 1
 
 
 def test_a_curve_between_two_powers_of_two_has_ticks():

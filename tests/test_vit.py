@@ -262,9 +262,11 @@ def test_a_cpu_attends_in_float32(monkeypatch):
         return attend(q, k, v)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    images = torch.randn(1, 3, 224, 224)
     with torch.autocast("cpu", torch.bfloat16):
-        vit(torch.randn(1, 3, 224, 224), (1,))
-    assert seen == 2 * [3 * (torch.float32,)]
+        vit(images, (1,))
+    vit.double()(images.double(), (0,))
+    assert seen == [*2 * [3 * (torch.float32,)], 3 * (torch.float64,)]
 
 
 @pytest.mark.parametrize(
