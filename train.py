@@ -906,9 +906,8 @@ def left_in_control_groups(own="/proc/self/cgroup", root="/sys/fs/cgroup"):
             if limit.is_file() and limit.read_text().strip() != "max":
                 used = int((folder / "memory.current").read_text())
                 facts = dict(line.split() for line in (folder / "memory.stat").open())
-                given_back = int(
-                    facts["inactive_file"]
-                )  # what is kept of files while there is room
+                # What is kept of files while there is room is given back when there is none.
+                given_back = int(facts["inactive_file"])
                 left = min(left, int(limit.read_text()) - used + given_back)
     return max(left, 0)
 

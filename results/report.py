@@ -189,7 +189,9 @@ def how_made(results, categories):
     rows = []
     for made in [*({**r, **r["trained"]} for r in ordered), *ordered]:
         command, torch = f"`{made['command']}`", made["versions"]["torch"]
-        device = ", ".join([made["device"], *filter(None, [made.get("precision")])])
+        device = made["device"]
+        if made.get("precision"):  # of training; older results do not name it
+            device += f", {made['precision']}"
         rows.append(row([command, made["commit"] or "", device, torch, made["date"][:10]]))
     head = [row(["command", "commit", "device", "torch", "date"]), "|---|---|---|---|---|"]
     return [*head, *dict.fromkeys(rows)]

@@ -304,20 +304,9 @@ def test_a_graph_is_recorded_on_the_device_that_was_asked_for(monkeypatch):
 
 def test_a_run_that_has_ended_takes_no_memory(tmp_path):
     make_category(tmp_path / "own", train=3)
-    settings, _, _ = train.parse(
-        [
-            "--epochs",
-            "1",
-            "--dataset",
-            "folder",
-            "--data-root",
-            str(tmp_path / "own"),
-            "--weights",
-            "demo_teacher",
-            "--out",
-            str(tmp_path),
-        ]
-    )
+    data = ["--dataset", "folder", "--data-root", str(tmp_path / "own")]
+    options = ["--weights", "demo_teacher", "--epochs", "1", "--out", str(tmp_path)]
+    settings, _, _ = train.parse([*data, *options])
     settings, device = train.set_up(settings)
     teacher = train.runs.load_teacher(train.ensure_weights(settings.weights))
     gc.collect()
