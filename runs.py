@@ -108,7 +108,8 @@ def script(main):
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
-            return main(sys.argv[1:] if argv is None else [str(part) for part in argv]) or 0
+            arguments = sys.argv[1:] if argv is None else [str(part) for part in argv]
+            return main(arguments) or 0
         except (UserError, OSError) as error:
             complain(error)
             return 2
@@ -201,8 +202,8 @@ def multiplies_bf16(device):
 def set_tf32(precision):
     """How CUDA multiplies float32, for the whole process. Only scripts call it.
 
-    fp32: exactly. tf32: in TF32. bf16: autocast rounds the networks' products; the one it leaves in
-    float32, the patch projection, is a convolution and uses TF32, eight times as fine as bf16.
+    fp32: in float32. tf32: in TF32. bf16: autocast rounds the networks' products; the one it leaves
+    in float32, the patch projection, is a convolution and uses TF32, eight times as fine as bf16.
     """
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision in ("tf32", "bf16")
@@ -286,16 +287,13 @@ def check_values(path, values, expected):
 
 def read_csv(path, columns):
     """The rows of a table with these columns, as dicts of texts."""
+    got = "others, or a row of another length"
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-            whole = all(None not in (*row, *row.values()) for row in rows)
-            if whole and reader.fieldnames == list(columns):
-                return rows
-            got = "others"
-            if reader.fieldnames == list(columns):
-                got = "a row of another length"
+            rows = list(csv.reader(file))
+        whole = all(len(row) == len(columns) for row in rows)
+        if whole and rows[:1] == [list(columns)]:
+            return [dict(zip(columns, row, strict=True)) for row in rows[1:]]
     except (ValueError, csv.Error) as error:
         got = error
     raise UserError(f"{path}: expected the columns {', '.join(columns)}, got {got}: make it again")
@@ -388,11 +386,13 @@ def cache_folder():
 
 def is_locked(run):
     """Whether another process has the run folder. To ask takes its lock for a moment."""
-    path = run / ".lock"
-    if fcntl is None or not path.is_file():
+    if fcntl is None:
         return False
-    with open(path, "a") as file:
-        return not flock(file)
+    try:
+        with open(run / ".lock", "r+") as file:
+            return not flock(file)
+    except FileNotFoundError:
+        return False
 
 
 def is_complete(run, settings, existing, locked=False):
@@ -421,7 +421,7 @@ def is_complete(run, settings, existing, locked=False):
 
 
 def differences(before, settings):
-    """In which settings (a dict) a run differs from those that a file holds, as texts.
+    """What differs between the settings of a file and of this run, each as "name old -> new".
 
     One that an older file does not hold counts as equal.
     """
@@ -543,18 +543,16 @@ def provenance(device):
 def save_checkpoint(path, model, optimizers, step, *, settings):
     """All that the rest of a run depends on: what is learnt, optimisers, step and random state.
 
-    The parameters are numbered through all optimisers: optimizer.<number>.<name of the state>. The
-    order of the images is not in it: that depends on seed and epoch alone. The settings (a dict)
-    say whose it is.
+    An optimiser's state is kept as optimizer.<which>.<parameter>.<name of the state>. The order of
+    the images is not in it: that depends on seed and epoch alone. The settings (a dict) say whose
+    it is.
     """
     tensors = {**model.learned_state(), "random": torch.get_rng_state(), "step": torch.tensor(step)}
-    first = 0
-    for optimizer in optimizers:
+    for which, optimizer in enumerate(optimizers):
         for i, values in optimizer.state_dict()["state"].items():
             for name, value in values.items():
                 if value is not None:
-                    tensors[f"optimizer.{first + i}.{name}"] = value
-        first += count_parameters(optimizer)
+                    tensors[f"optimizer.{which}.{i}.{name}"] = value
     write_tensors(path, tensors, metadata={"settings": json.dumps(settings)})
 
 
@@ -569,27 +567,22 @@ def load_checkpoint(path, model, optimizers, *, settings):
         tensors = load_file(path)
         step = int(tensors.pop("step"))
         torch.set_rng_state(tensors.pop("random"))
-        states = {}
+        states = [{} for _ in optimizers]
         for key in [key for key in tensors if key.startswith("optimizer.")]:
-            _, i, name = key.split(".")
-            states.setdefault(int(i), {})[name] = tensors.pop(key)
-        first = 0
-        for optimizer in optimizers:
-            numbers = range(first, first + count_parameters(optimizer))
-            state = {i - first: states[i] for i in numbers if i in states}
+            _, which, i, name = key.split(".")
+            states[int(which)].setdefault(int(i), {})[name] = tensors.pop(key)
+        for optimizer, state in zip(optimizers, states, strict=True):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-            first = numbers.stop
         model.load_learned_state(tensors)
-    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # a file may hold anything
+        if is_out_of_memory(error):
+            raise  # `train` says what to do; the checkpoint is good
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{path}: expected a checkpoint of this run, got a file that does not fit "
-            f"({str(error).splitlines()[0]}): --overwrite starts again"
+            f"({reason}): --overwrite starts again"
         ) from None
     return step
-
-
-def count_parameters(optimizer):
-    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 # ----------------------------------------------------------------------------------- trained models
@@ -612,7 +605,10 @@ def load_teacher(weights):
 
 
 def check_teacher(settings, teacher, where=flag):
-    """Refuse blocks or patches that the teacher does not have. where(name): as the error has it."""
+    """Refuse blocks or patches that the teacher does not have.
+
+    where(name): how the error names a setting.
+    """
     limits = (
         ("layers", settings["layers"][-1], 0, len(teacher.blocks) - 1),
         ("top_k", settings["top_k"], 1, teacher.config["grid"] ** 2),
@@ -644,7 +640,7 @@ def load(run, weights=None, device=None, precision="fp32", teacher=None):
     weights: the teacher's file, if it is not where training found it.
     device: None takes cuda where there is one. precision: of the scores, whatever training had.
     teacher: one that is loaded already, to be used if it is the run's.
-    On CUDA call `set_tf32("fp32")` first for exact products, as evaluate.py does.
+    On CUDA call `set_tf32("fp32")` first, as evaluate.py does: torch may use TF32 otherwise.
     """
     config = read_config(run)
     expected = config["teacher"]["sha256"]

@@ -231,8 +231,8 @@ def test_the_checkpoint_decides_and_not_what_ran_before(world, undisturbed, tmp_
     stop_run(world, tmp_path)
     path = tmp_path / RUN / "checkpoint.safetensors"
     tensors = load_file(path)
-    of_muon = "optimizer.3.momentum_buffer"  # the other optimiser has the numbers from 16 on
-    of_adamw = ("optimizer.20.exp_avg", "optimizer.20.step")
+    of_muon = "optimizer.0.3.momentum_buffer"
+    of_adamw = ("optimizer.1.4.exp_avg", "optimizer.1.4.step")
     for key in (of_muon, *of_adamw, "anchor.running", "student.cls_token"):
         runs.write_tensors(path, {**tensors, key: tensors[key] + 0.01})
         resumed = complete_run(world, tmp_path, "--resume")
@@ -270,16 +270,17 @@ def test_resume_refuses_what_would_change_the_rest(world, tmp_path, name):
     assert_one_sentence(result, f"expected to go on with {name} {config[name] + 1}")
 
 
-def test_a_run_from_before_lr_rest_had_one_rate(world, tmp_path):
+def test_too_little_memory_to_resume_does_not_blame_the_checkpoint(world, tmp_path, monkeypatch):
     stop_run(world, tmp_path)
-    path = tmp_path / RUN / "config.json"
-    config = json.loads(path.read_text())
-    rate = config.pop("lr_rest")
-    path.write_text(json.dumps(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "peak_learning_rates", lambda *_: (rate, rate / 2))
+
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Optimizer, "load_state_dict", no_room)
         result = run_train(world, tmp_path, "--resume")
-    assert_one_sentence(result, f"expected to go on with lr_rest {rate}, got {rate / 2}")
+    assert_one_sentence(result, "fits the memory", "what was saved is kept")
+    assert "--overwrite" not in result.err
     assert run_train(world, tmp_path, "--resume").code == 0
 
 
