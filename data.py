@@ -112,8 +112,8 @@ SMALL = {
     "fashion_mnist": OfficialFiles(6000, 1000, "FashionMNIST"),
 }
 # Raise it when `read_image` gives other pixels: what the cache holds is then decoded anew.
-READING = 1
-OPENING = threading.Lock()  # of `open_image`: filters of warnings belong to the whole process
+DECODER_VERSION = 1
+OPEN_LOCK = threading.Lock()  # of `open_image`: filters of warnings belong to the whole process
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 
@@ -125,7 +125,7 @@ class Split:
     labels: list  # 1 = anomalous
     names: list
     skipped: list = field(default_factory=list)  # why files were left out, if that was allowed
-    masks: torch.Tensor | None = None  # uint8 (n, S, S), 1 where an image is anomalous, if known
+    masks: torch.Tensor | None = None  # uint8 (n, S, S), 1 at anomalous pixels, if known
     files: list | None = None  # paths of the originals; None for small sets and the demo
 
 
@@ -138,7 +138,7 @@ def slug(name):
 
 
 def find_category(dataset, text):
-    """A category by its name (in any case, "_" for other signs) or by its place in CATEGORIES."""
+    """A category by its name (in any case, "_" for any other sign) or its place in CATEGORIES."""
     known = CATEGORIES[dataset]
     names = {slug(name).lower(): name for name in known}
     wanted = slug(text).lower()
@@ -224,7 +224,7 @@ def test_split(dataset, root, category, size=224, skip_bad=False):
 
 
 def check_place(dataset, root, category):
-    """Refuse what a config.json that was edited may name."""
+    """Refuse a category or folder that cannot be: config.json may have been edited."""
     if CATEGORIES[dataset] and category not in CATEGORIES[dataset]:
         raise UserError(f"category: expected one of {dataset}, got {category!r}")
     if root is None and dataset != "demo":
@@ -250,10 +250,13 @@ def demo_split(train):
 
 def small_split(dataset, root, category, train):
     """Training: the images of the normal classes. Test: those of every class, labelled."""
-    classes, normal = CATEGORIES[dataset], (category,)
+    classes = CATEGORIES[dataset]
+    normal = (category,)
     if dataset == "cifar100":  # its categories are superclasses; its files number sorted classes
-        classes, normal = sorted(sum(CIFAR100.values(), ())), CIFAR100[category]
-    part, wanted = ("train", normal) if train else ("test", classes)
+        classes = sorted(sum(CIFAR100.values(), ()))
+        normal = CIFAR100[category]
+    part = "train" if train else "test"
+    wanted = normal if train else classes
     folder = Path(root) / dataset
     if folder.is_dir():
         paths = [path for name in wanted for path in images_in(folder / part / slug(name))]
@@ -383,7 +386,7 @@ def image_size(path):
     """(width, height) of an image file upright, from its header; None if it does not open."""
     try:
         with open_image(path) as image:
-            # Of a PNG without EXIF data before its pixels Pillow would decode all in search of it.
+            # Of a PNG without EXIF before its pixels, Pillow would decode all to look behind them.
             cheap = image.format != "PNG" or "exif" in image.info
             orientation = image.getexif().get(ExifTags.Base.Orientation) if cheap else None
             turned = orientation in (5, 6, 7, 8)  # by 90 degrees
@@ -399,7 +402,7 @@ def open_image(path):
     """Image.open, without its warning of an image above 89 megapixels. 179 are an error."""
     if not path.is_file():
         raise FileNotFoundError("no such file")  # a pipe would be waited for
-    with OPENING, warnings.catch_warnings():  # which all threads share
+    with OPEN_LOCK, warnings.catch_warnings():  # which all threads share
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(path)
 
@@ -475,7 +478,7 @@ def decode(folder, paths, size):
 
 
 def cache_file(folder, paths, shape):
-    """Its name is a digest of READING, and of the images' paths, sizes and times of change."""
+    """Its name is a digest of DECODER_VERSION and of the images' paths, sizes and dates."""
     stats = []
     for path in paths:
         try:
@@ -483,7 +486,7 @@ def cache_file(folder, paths, shape):
         except OSError as error:  # a link to nowhere
             raise undecodable(path, error.strerror, "replace or remove it") from None
         stats.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
-    digest = hashlib.sha256(repr((READING, shape, stats)).encode()).hexdigest()[:24]
+    digest = hashlib.sha256(repr((DECODER_VERSION, shape, stats)).encode()).hexdigest()[:24]
     return cache_folder() / f"{slug(folder.name)}-{digest}.npy"
 
 

@@ -10,9 +10,13 @@ It prints the mistakes at delta by kind of defect, and a table per data set with
 beside ours. Each run folder gets scores.csv (a line per image: raw scores, higher = more anomalous)
 and result.json.
 
-Columns: AUROC of the score S_D + S_A (Eq. 10); of S_D alone; of S_A alone; of the teacher's term of
-S_A alone, which needs no training; S_D stand.: of S_D standardised (vitad.Normal), which is not the
-paper's. Where there are masks: of the pixels, and AU-PRO.
+Columns, all AUROC in % but for the last:
+    AUROC             of the score S_D + S_A, Eq. 10
+    paper             the paper's
+    S_D, S_A          of each alone
+    teacher           of the teacher's term of S_A, which needs no training
+    S_D stand.        of S_D standardised, which is not the paper's, see `vitad.Normal`
+    pixels, AU-PRO    of the heat maps, where there are masks
 """
 
 import os
@@ -246,7 +250,7 @@ def score_together(jobs, device, batch_size):
     parts = [[] for _ in jobs]
     for images in jobs[0].split.images.split(batch_size):
         images = images.to(device, non_blocking=True)
-        t = jobs[0].model.teach(images)
+        t = jobs[0].model.teacher_features(images)
         for job, collected in zip(jobs, parts, strict=True):
             scores = job.model.scores(images, t)
             collected.append({name: value.cpu() for name, value in scores.items()})
@@ -265,7 +269,7 @@ def is_scored(run, config):
 def write_result(scored, device):
     """A run's scores.csv and result.json; -> the result."""
     run, split, scores = scored.run, scored.split, scored.scores
-    result = {**summarise(scored), **summarise_standardised(scored), **runs.provenance(device)}
+    result = {**summarise(scored), **runs.provenance(device)}
     columns = {"image": split.names, "label": split.labels}
     for name in SCORES:
         if name in scores:
@@ -297,6 +301,12 @@ def summarise(scored):
         "pixel_auroc": pixel_auroc,
         "au_pro": au_pro,
     }
+    standardised = {}
+    if scored.model.normal is not None:
+        values = scores["score_d_standardised"]
+        percent["auroc_standardised"] = auroc(values, labels)
+        mistakes = at_delta(values, labels, float(scored.model.normal.delta))
+        standardised = {f"{name}_standardised": value for name, value in mistakes.items()}
     kinds = np.array([name.split("/")[-2] for name in split.names])  # test/scratch/000.png
     misses_by_kind = {
         str(kind): [int(missed[kinds == kind].sum()), int((kinds == kind).sum())]
@@ -313,6 +323,7 @@ def summarise(scored):
         "n_anomalous": int((labels == 1).sum()),
         "skipped": split.skipped,
         **at_delta(scores["score"], labels, delta),
+        **standardised,
         "misses_by_kind": misses_by_kind,
         "teacher": config["teacher"].get("name"),
         "teacher_sha256": config["teacher"]["sha256"],
@@ -321,21 +332,6 @@ def summarise(scored):
             "precision": settings.get("precision"),
         },
     }
-
-
-def summarise_standardised(scored):
-    """More numbers of result.json, where the run has a vitad.Normal."""
-    normal = scored.model.normal
-    if normal is None:
-        return {}
-    labels = np.array(scored.split.labels)
-    scores = scored.scores["score_d_standardised"]
-    value = auroc(scores, labels)
-    numbers = {
-        "auroc": None if math.isnan(value) else value,
-        **at_delta(scores, labels, float(normal.delta)),
-    }
-    return {f"{name}_standardised": value for name, value in numbers.items()}
 
 
 def at_delta(scores, labels, delta):
@@ -357,35 +353,40 @@ def steps_trained(run):
 # ------------------------------------------------------------------------------------- any pictures
 
 
-def score_images(run, model, paths, *, batch_size, skip_bad, standardised, as_json, heatmaps):
-    """--images: score, delta and verdict of each picture; -> whether one is anomalous.
+def score_pictures(args, run, device, weights):
+    """--images: score, delta and verdict of each picture; -> the exit code.
 
-    A batch of them is in memory at a time. heatmaps: a folder for heat maps, or None.
+    A batch of them is in memory at a time.
     """
-    if standardised and model.normal is None:
+    runs.set_tf32(args.precision)
+    model = runs.load(run, weights, device, precision=args.precision)
+    if args.standardised and model.normal is None:
         raise UserError(
             f"{run}: expected {FEW} or more images held out for --standardised, got fewer, "
             f"or a run of an earlier version: train it again"
         )
-    for path in paths:
+    for path in args.images:
         if not path.exists():
             raise UserError(f"{path}: expected a picture or a folder of them, got no such file")
     deltas = {"delta": float(model.delta)}
     if model.normal is not None:
         deltas["delta_standardised"] = float(model.normal.delta)
     column, threshold = "score", deltas["delta"]
-    if standardised:
+    if args.standardised:
         column, threshold = "score_d_standardised", deltas["delta_standardised"]
-    files = [file for path in paths for file in (images_in(path) if path.is_dir() else [path])]
+    files = []
+    for path in args.images:
+        files.extend(images_in(path) if path.is_dir() else [path])
     gallery = None
-    if heatmaps:
-        gallery = pictures.Gallery(heatmaps, str(run), deltas["delta"], model.heat_scale.tolist())
-    if not as_json:
+    if args.heatmaps:
+        heat_scale = model.heat_scale.tolist()
+        gallery = pictures.Gallery(args.heatmaps, str(run), deltas["delta"], heat_scale)
+    if not args.json:
         print(f"{'score':>9} {'delta':>9} verdict    image")
     any_decoded = any_anomalous = False
-    for start in range(0, len(files), batch_size):
-        batch = files[start : start + batch_size]
-        decoded = list(decode_pictures(batch, model.teacher.image_size, skip_bad))
+    for start in range(0, len(files), args.batch_size):
+        batch = files[start : start + args.batch_size]
+        decoded = list(decode_pictures(batch, model.teacher.image_size, args.skip_bad))
         if not decoded:
             continue
         any_decoded = True
@@ -395,7 +396,7 @@ def score_images(run, model, paths, *, batch_size, skip_bad, standardised, as_js
             values = {name: float(x[i]) for name, x in scores.items() if name != "heat"}
             anomalous = values[column] >= threshold  # Eq. 10
             any_anomalous |= anomalous
-            if as_json:
+            if args.json:
                 line = {"image": str(file), "anomalous": anomalous, **deltas, **values}
                 print(json.dumps(line), flush=True)
             else:
@@ -404,10 +405,10 @@ def score_images(run, model, paths, *, batch_size, skip_bad, standardised, as_js
             if gallery:
                 gallery.add(str(file), read_image(file, None), scores["heat"][i].cpu(), values)
     if not any_decoded:
-        raise UserError(f"{paths[0]}: expected pictures that decode, got none: see above")
+        raise UserError(f"{args.images[0]}: expected pictures that decode, got none: see above")
     if gallery:
         print(f"heat maps: {gallery.close()}", file=sys.stderr)
-    return any_anomalous
+    return int(any_anomalous and args.exit_code)
 
 
 def decode_pictures(files, size, skip_bad):
@@ -465,7 +466,7 @@ def mistakes(result):
     )
     missed = [f"{kind} {n} of {total}" for kind, (n, total) in result["misses_by_kind"].items()]
     if missed:
-        line += f"; missed {', '.join(missed)}"
+        line += f"; missed: {', '.join(missed)}"
     if "delta_standardised" in result:
         line += (
             f"\n  by S_D standardised, delta {result['delta_standardised']:.3f}: "
@@ -482,7 +483,8 @@ def print_results(results):
         by_dataset.setdefault(result["dataset"], []).append(result)
     for dataset, rows in by_dataset.items():
         order = [*CATEGORIES[dataset], *(row["category"] for row in rows)]
-        rows.sort(key=lambda row, order=order: (order.index(row["category"]), row["seed"]))
+        rows.sort(key=lambda row: row["seed"])
+        rows.sort(key=lambda row, order=order: order.index(row["category"]))
         teachers = sorted({str(row["teacher"]) for row in rows})
         print("\n".join(map(mistakes, rows)))
         print(f"{dataset}: image AUROC in %, last epoch, teacher {', '.join(teachers)}")
@@ -569,25 +571,8 @@ def main(argv):
             if folder:  # one that cannot be is found out before the scoring
                 stack.enter_context(runs.new_folder(folder))
         if args.images:
-            return score_other_images(args, folders[0], device, weights)
+            return score_pictures(args, folders[0], device, weights)
         score_runs(args, folders, device, weights)
-
-
-def score_other_images(args, run, device, weights):
-    """--images, from the command line; -> the exit code."""
-    runs.set_tf32(args.precision)
-    model = runs.load(run, weights, device, precision=args.precision)
-    anomalous = score_images(
-        run,
-        model,
-        args.images,
-        batch_size=args.batch_size,
-        skip_bad=args.skip_bad,
-        standardised=args.standardised,
-        as_json=args.json,
-        heatmaps=args.heatmaps,
-    )
-    return int(anomalous and args.exit_code)
 
 
 def score_runs(args, folders, device, weights):
@@ -608,7 +593,12 @@ def score_runs(args, folders, device, weights):
     ):
         with report_and_go_on(todo):
             result = write_result(scored, device)
-            draw(scored, result, args.heatmaps, failures=args.show_failures, plot=args.plot)
+            if args.heatmaps:
+                pictures.write_heatmaps(args.heatmaps, scored, range(len(scored.split.names)))
+            if args.show_failures:
+                pictures.write_failures(scored, args.show_failures)
+            if args.plot:
+                pictures.write_plots(scored, result["auroc"])
             results.append(result)
             if sys.stderr.isatty():
                 counts = f"{result['n_normal']} normal, {result['n_anomalous']} anomalous"
@@ -622,16 +612,6 @@ def score_runs(args, folders, device, weights):
     if args.report:
         for path in report.report(args.report, folders):
             print(f"table: {path}")
-
-
-def draw(scored, result, heatmaps, failures, plot):
-    """What --heatmaps, --show-failures and --plot ask for."""
-    if heatmaps:
-        pictures.write_heatmaps(heatmaps, scored, range(len(scored.split.names)))
-    if failures:
-        pictures.write_failures(scored, failures)
-    if plot:
-        pictures.write_plots(scored, result["auroc"])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ the distance on held-out images every epoch, and at the end delta). `python eval
 Only normal training images are read. The last epoch is the result.
 
 The settings come first, then one run: `train`, and `Training`, whose `loop` is the training itself.
-What a run uses follows: optimisers, a step as one graph of CUDA, the cache of the teacher's
+What a run uses follows: optimisers, a step as a CUDA graph, the cache of the teacher's
 features, the held-out distance, signals and log. Last come several runs, and `main`.
 """
 
@@ -50,11 +50,11 @@ from weights.download import ensure_weights
 # How these were chosen: results/recipe.md.
 EPOCHS = 28
 LEAST_STEPS = 400  # a run of few images gets more epochs, until it has this many
-MUON_LR = 0.008  # up to NARROW
 NARROW = 192  # DeiT-Tiny's width
+MUON_LR = 0.008  # for teachers up to NARROW
 LOG_EVERY = 10  # steps between lines of the log
 EVAL_BATCH = 32  # images at a time without gradient
-PLACES = ["device", "host", "disk", "off"]  # of the teacher's features
+PLACES = ["device", "host", "disk", "off"]  # for the teacher's features, fastest first
 
 # ----------------------------------------------------------------------------------------- settings
 
@@ -170,7 +170,8 @@ def make_parser():
         if f.default is not None:
             shown = ",".join(map(str, f.default)) if f.type is tuple else str(f.default)
             text = f"{text} (default {shown})"
-        (seeds if f.name == "seed" else parser).add_argument(
+        group = seeds if f.name == "seed" else parser
+        group.add_argument(
             name,
             type=runs.whole_numbers if f.type is tuple else f.type,
             choices=f.metadata["choices"],
@@ -204,7 +205,8 @@ def parse(argv):
             arguments[name] = value
     settings = Settings(**arguments)
     check(settings)
-    return dataclasses.replace(settings, category=resolve_category(settings)), seeds, existing
+    settings = dataclasses.replace(settings, category=resolve_category(settings))
+    return settings, seeds, existing
 
 
 def check(settings):
@@ -363,8 +365,6 @@ class Training:
                     f"{self.checkpoint}: expected a checkpoint of this run, "
                     f"got step {self.step} of {self.steps}: --overwrite starts again"
                 )
-            if self.peak_rest and "lr_rest" not in config:
-                config["lr_rest"] = config.get("lr", self.peak)  # one rate, before --lr-rest
             for name, now in self.resolved.items():
                 if config.get(name, now) != now:
                     raise UserError(
@@ -604,14 +604,15 @@ def hold_out(settings, n):
 def peak_learning_rates(settings, width):
     """-> the optimiser's, and with Muon that of the rest, which AdamW trains (else None).
 
-    Where a sum is over more inputs, a step moves it farther: results/recipe.md, "Width".
+    They fall with the width: a wider layer sums over more inputs, so the same step changes its
+    output more (results/recipe.md, "Width").
     """
     adamw = 1e-3 * min(1, NARROW / width)  # AdamW moves each weight by about the learning rate
     if settings.optimizer != "muon":
         return settings.lr or adamw, None  # `parse` has set SGD's
     # The largest singular value of Muon's step grows with the root of D.
     muon = settings.lr or MUON_LR * min(1, math.sqrt(NARROW / width))
-    # With one rate for all of a wider teacher the loss jumps. A narrow one learns faster with one.
+    # Beyond NARROW, one rate for all weights makes the loss jump. Up to it, one rate learns faster.
     rest = settings.lr_rest or (muon if width <= NARROW else min(muon, adamw))
     return muon, rest
 
@@ -743,7 +744,7 @@ def newton_schulz_bf16(wide, group):
     return wide
 
 
-# ---------------------------------------------------------------------- a step as one graph of CUDA
+# --------------------------------------------------------------------------- a step as a CUDA graph
 
 
 class GraphedStep:
@@ -843,15 +844,16 @@ class TeacherCache:
             )
 
     def __call__(self, index, images):
-        """t of `images`, uint8 (B, 3, s, s). `index` (B,), on the CPU: which images they are."""
+        """images, and their places `index` (B,) among all, on the CPU -> t of them."""
         if self.place == "off":
-            features = self.model.teach(images)
+            features = self.model.teacher_features(images)
             return {c: x.to(self.dtype).float() for c, x in features.items()}  # as if kept
         at = index.to(self.store.device, non_blocking=True)
         if self.known[index].all():
             t = self.store[at].to(images.device, non_blocking=True)  # (B, layers, 1 + P, D)
         else:
-            t = torch.stack(list(self.model.teach(images).values()), dim=1).to(self.dtype)
+            features = self.model.teacher_features(images)
+            t = torch.stack(list(features.values()), dim=1).to(self.dtype)
             self.store[at] = t.to(self.store.device)
             self.known[index] = True
         return dict(zip(self.model.layers, t.float().unbind(1), strict=True))
@@ -951,7 +953,7 @@ def second_half(curve):
 
 
 class StopSignals:
-    """The first Ctrl-C or SIGTERM ends training after the current step, the same again at once."""
+    """Ctrl-C or SIGTERM ends training after the current step; the same a second time, at once."""
 
     def __enter__(self):
         self.number = None

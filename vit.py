@@ -20,7 +20,8 @@ from torch import nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# Every ImageNet ViT has it. torch's default 1e-5 moves DeiT-Tiny's features by 2e-4 of their size.
+# As in Google's, timm's and torchvision's ViTs. torch's default, 1e-5, moves DeiT-Tiny's
+# features by 2e-4 of their size.
 LAYER_NORM_EPS = 1e-6
 
 
@@ -53,8 +54,8 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(q k^T / sqrt(D / H)) v.
 
-    One projection gives q, k and v, in this order. On a CPU the softmax and its two products stay
-    out of autocast: torch's kernel for bfloat16 takes longer there than that for float32.
+    One projection gives q, k and v, in this order. Under autocast they are bfloat16. On a CPU they
+    go back to float32 first, since torch's attention is slower there in bfloat16.
     """
 
     def __init__(self, width, heads):
@@ -67,9 +68,9 @@ class Attention(nn.Module):
         B, tokens, D = x.shape
         qkv = self.qkv(x).reshape(B, tokens, 3, self.heads, D // self.heads)
         if x.device.type == "cpu":
-            qkv = qkv.to(x.dtype)  # under autocast from bfloat16 to float32
+            qkv = qkv.to(x.dtype)  # float32
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, 1 + P, D/H)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # q, k and v keep their type
             x = F.scaled_dot_product_attention(q, k, v)  # (B, H, 1 + P, D/H)
         return self.proj(x.transpose(1, 2).reshape(B, tokens, D))
 
@@ -215,7 +216,9 @@ class ViT(nn.Module):
         if self.head is None:
             raise ValueError("this ViT has no classifier head: its checkpoint came without one")
         last = len(self.blocks) - 1
-        return self.head(self.norm(self.forward(images, (last,))[last])[:, 0])
+        x = self.forward(images, (last,))[last]  # (B, 1 + P, D)
+        cls = self.norm(x)[:, 0]
+        return self.head(cls)
 
 
 # ---------------------------------------------------------------------------------------- loading

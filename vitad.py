@@ -3,12 +3,17 @@
 A frozen ImageNet teacher T and a student S of the same architecture see the same normal images. The
 student learns the teacher's features, stays near the teacher's mean class token (the anchor), and
 keeps the relations between the teacher's layers (the Gram constraint). On an image unlike the
-training images the two disagree, and the teacher's class token is farther from the anchor (the
-student's hardly moves, see `distill_loss`). These distances make the anomaly score.
+training images the two disagree, and the class tokens lie farther from the anchor. The paper
+expects that of the student's too (Fig. 2c); here it hardly moves, see `distill_loss`. These
+distances make the anomaly score.
 
-Shapes: B images, 1 + P tokens (class token first), D width. `t` and `s` are the features of teacher
-and student, {c: (B, 1 + P, D)} for the tapped layers c, ascending. Losses are means over the batch.
-Scores are (B,), higher = more anomalous.
+Shapes: B images, 1 + P tokens (class token first), D width. `images` are uint8 (B, 3, h, w), of any
+size: `ViT.prepare` resizes them. `t` and `s` are the features of teacher and student,
+{c: (B, 1 + P, D)} for the tapped layers c, ascending. Losses are means over the batch. Scores are
+(B,), higher = more anomalous.
+
+First come the equations, then `Distillation`, which applies them to a teacher and a student, and
+last what is not in the paper.
 
 Deviation: the last batch of an epoch may be smaller, and a mean over it weighs its images more.
 """
@@ -23,12 +28,15 @@ from torch import nn
 LAYERS = (3, 6, 9, 11)  # group_c of section 4.1, counted from 0: Eq. 4 counts c from 0 to M - 1
 TOP_K = 20  # k of Eq. 9, section 4.1
 LAM = 1.0  # lambda of Eq. 6, section 4.1
-READINGS = ("unit", "l2", "mse")  # of the norm, see `distance`
+READINGS = ("unit", "l2", "mse")  # of the norm, see `distance`; the option is --distance
 AVERAGES = ("mean", "ema")  # see `Anchor`
 POS_EMBEDS = ("copy", "learn")  # see `Distillation`
-# Of `Normal`, which is not in the paper:
-LEAST_STD = 1e-6  # least standard deviation of Diff
-FEW = 5  # least number of normal images: of these a standard deviation is off by a third
+# With fewer normal images delta is a guess, and there is no `Normal`. The standard deviation of
+# five is uncertain by about a third.
+FEW = 5
+LEAST_STD = 1e-6  # least standard deviation of Diff, in `Normal`
+
+# ---------------------------------------------------------------------------- the paper's equations
 
 
 def distance(x, y, reading="unit"):
@@ -41,10 +49,10 @@ def distance(x, y, reading="unit"):
       mse:  the mean square over the D channels.
     The gradient at x = y is 0 under all three.
 
-    Deviation: under `unit` ||x - y|| = sqrt(2 (1 - cos(x, y))). So Eqs. 3 and 8 are a monotone
-    function of the cosine alone, and the length of a token is not constrained. It is the default
-    since S_A has no say in the score under `mse`, and `l2` is far off the scale of Fig. 6
-    (results/recipe.md).
+    Deviation: `l2` is what the paper writes. Under `unit` ||x - y|| = sqrt(2 (1 - cos(x, y))), so
+    both parts of Eqs. 3 and 8 are functions of a token's cosine, and its length is free. Why `unit`
+    is the default: under `mse` S_A hardly changes the score, and under `l2` scores are far above
+    those of Fig. 6 (results/recipe.md).
     """
     if reading == "unit":
         x = F.normalize(x, dim=-1)
@@ -57,11 +65,14 @@ def distance(x, y, reading="unit"):
 class Anchor(nn.Module):
     """Eq. 1: anchor = 1/n_d sum_j T_phi_c^cls(d_j), c the last tapped layer.
 
-    The mean class token (D,) of the teacher over the n_d training images, computed on the fly.
-      mean: cumulative, every image with the same weight (default). train.py updates it in the
-            first epoch only, after which it is exact; until then Eq. 2 uses the mean so far;
-      ema:  exponential moving average over batches, divided by 1 - decay^n to undo its zero start.
-    State, saved with the model: the running value, and the images (mean) or batches (ema) seen.
+    The mean class token (D,) of the teacher over the n_d training images. The paper computes it
+    during training, "by a moving average", and says no more of it. Here it is one of:
+      mean: every image with the same weight (default). train.py updates it in the first epoch
+            only, after which it is exactly Eq. 1; until then Eq. 2 uses the mean so far;
+      ema:  exponential moving average over batches, divided by 1 - decay^count, since it starts
+            at 0.
+    State, saved with the model: `running`, the average, and `count`, the images (mean) or batches
+    (ema) seen.
 
     Deviation: the mean is of raw tokens. Under `unit` the anchor is normalised afterwards, where it
     is compared, so it is the direction of the mean and not the mean of the directions.
@@ -110,9 +121,10 @@ def distill_loss(t, s, reading="unit"):
     over 197 tokens would leave lambda = 1 of Eq. 6 no weight. The first norm has no index p in the
     paper; here it is taken per token, like the cosine.
 
-    A consequence: the class token's share of this mean is 1/197, so L_anchor (Eq. 2) outweighs it,
-    and the student's class token becomes the anchor. Diff_11,cls of Eq. 9 is then nearly a function
-    of the teacher's distance from the anchor: S_D and S_A are not independent.
+    A consequence, unlike Fig. 2c of the paper: the class token's share of this mean is 1/197, so
+    L_anchor (Eq. 2) outweighs it, and the student's class token becomes the anchor. Diff_11,cls of
+    Eq. 9 is then nearly a function of the teacher's distance from the anchor: S_D and S_A are not
+    independent.
     """
     return sum(diff(t[c], s[c], reading).mean() for c in t)
 
@@ -137,8 +149,9 @@ def gram_loss(t, s, reading="unit"):
     0 with one layer, which has no pair.
 
     Deviation: Eq. 4 allows every pair of the M layers; here only the tapped layers are paired. The
-    norm of the matrix is the root mean square of its entries (mean square under `mse`), so that it
-    does not grow with the number of tokens.
+    paper does not say which norm of a matrix it means; we read it as the Frobenius norm. Here it is
+    divided by 1 + P, which is the root mean square of the entries (mean square under `mse`), so
+    that it does not grow with the number of tokens.
     """
     pairs = list(combinations(t, 2))
     total = next(iter(t.values())).new_zeros(())
@@ -182,20 +195,22 @@ def diff(t, s, reading="unit"):
 def score_d(diffs, top_k=TOP_K):
     """Eq. 9: S_D = sum_c ( Diff_c,cls + AvgTopk_p(Diff_c) ).
 
-    diffs: {c: Diff_c (B, 1 + P)} -> its two terms summed over the layers, (B,) each: the class
-    tokens', and the mean of the k largest patches'.
+    diffs: {c: Diff_c (B, 1 + P)} -> (B,). AvgTopk is the mean of a layer's k largest patches.
     """
-    cls = sum(d[:, 0] for d in diffs.values())
-    patches = sum(d[:, 1:].topk(top_k, dim=1).values.mean(dim=1) for d in diffs.values())
-    return cls, patches
+    total = 0
+    for d in diffs.values():
+        cls = d[:, 0]
+        patches = d[:, 1:].topk(top_k, dim=1).values.mean(dim=1)
+        total = total + cls + patches
+    return total
 
 
-def score(score_d, score_a_teacher, score_a_student):
+def score(s_d, s_a):
     """Eq. 10: Score = S_D + S_A; an image is anomalous iff Score >= delta.
 
-    (B,), (B,), (B,) -> (B,).
+    (B,), (B,) -> (B,).
     """
-    return score_d + score_a_teacher + score_a_student
+    return s_d + s_a
 
 
 def threshold(normal_scores):
@@ -203,17 +218,18 @@ def threshold(normal_scores):
 
     (n,), n > 1 -> scalar. The images should be normal ones that did not train the student.
       n >= 100: the score of rank 0.99 (n + 1), interpolated between its neighbours.
-      fewer: their 0.99 quantile is about their maximum, which one new image in n + 1 exceeds. So
-        the upper 99 % prediction limit of normally distributed scores, mean + t sqrt(1 + 1/n) std,
-        with t the 0.99 quantile of Student's distribution with n - 1 degrees of freedom.
+      fewer: their 0.99 quantile would be about their maximum, which one new image in n + 1 exceeds.
+        That is too many. So the scores are assumed to be normally distributed, and delta is their
+        upper 99 % prediction limit, mean + q sqrt(1 + 1/n) std, with q the 0.99 quantile of
+        Student's t distribution with n - 1 degrees of freedom.
     """
     n = len(normal_scores)
     if n >= 100:
         return torch.quantile(normal_scores, (0.99 * (n + 1) - 1) / (n - 1))
-    return normal_scores.mean() + student_t(n - 1) * math.sqrt(1 + 1 / n) * normal_scores.std()
+    return normal_scores.mean() + quantile_t(n - 1) * math.sqrt(1 + 1 / n) * normal_scores.std()
 
 
-def student_t(df):
+def quantile_t(df):
     """The 0.99 quantile of Student's t distribution, from the normal distribution's (Wallace 1959).
 
     Within 1 % from df = 5 on; 2 % too large at 3, 8 % at 2, 79 % at 1.
@@ -222,74 +238,7 @@ def student_t(df):
     return math.sqrt(df * math.expm1(z**2 / df))
 
 
-def heat(diffs):
-    """Where the score comes from: Diff of Eq. 8 of each patch, summed over the layers.
-
-    {c: Diff_c (B, 1 + P)} -> (B, P). A ViT's layers have one grid; of a CNN (ablations/) the
-    smaller ones are enlarged to the finest.
-    """
-    maps = []
-    for d in diffs.values():
-        side = math.isqrt(d.shape[1] - 1)
-        maps.append(d[:, None, 1:].unflatten(2, (side, side)))  # (B, 1, side, side)
-    finest = max(x.shape[-1] for x in maps)
-    for i, x in enumerate(maps):
-        if x.shape[-1] != finest:
-            maps[i] = F.interpolate(x, (finest, finest), mode="bilinear")
-    return sum(maps).flatten(1)
-
-
-class Normal(nn.Module):
-    """Diff of Eq. 8 on normal images, to standardise it with. Not in the paper.
-
-    mean, std: {c: (1 + P,)}, over the images, of each position of each layer. delta: Eq. 10's, for
-    S_D of the standardised Diff.
-    """
-
-    def __init__(self, mean, std, delta):
-        super().__init__()
-        for c in mean:
-            self.register_buffer(f"mean_{c}", mean[c])
-            self.register_buffer(f"std_{c}", std[c])
-        self.register_buffer("delta", delta)
-
-    @classmethod
-    def of(cls, diffs, top_k=TOP_K):
-        """{c: Diff_c (n, 1 + P)} of normal images, n > 2 -> a Normal.
-
-        delta is the `threshold` of their scores, each by the mean and std of the n - 1 others.
-        These follow from those of all: mean_i = mean - own / (n - 1), and var_i = ((n - 1) var -
-        n / (n - 1) own^2) / (n - 2), with own = Diff_i - mean.
-        """
-        mean, std = mean_and_std(diffs)
-        deviations = {}
-        for c, d in diffs.items():
-            n = len(d)
-            own = d.double() - d.double().mean(dim=0)  # var is a difference of nearly equal sums
-            squares = own.square()
-            var = (squares.sum(dim=0) - n / (n - 1) * squares) / (n - 2)
-            deviations[c] = n / (n - 1) * own / var.clamp(min=LEAST_STD**2).sqrt()
-        scores = sum(score_d(deviations, top_k))
-        return cls(mean, std, threshold(scores).float())
-
-    def score_d(self, diffs, top_k=TOP_K):
-        """Eq. 9 of (Diff - mean) / std: {c: Diff_c (B, 1 + P)} -> (B,).
-
-        On every normal image some positions are farther from the teacher than others. Here each is
-        compared with itself. A std of 0 counts as `LEAST_STD`.
-        """
-        deviations = {}
-        for c, d in diffs.items():
-            mean, std = getattr(self, f"mean_{c}"), getattr(self, f"std_{c}")
-            deviations[c] = (d - mean) / std.clamp(min=LEAST_STD)
-        return sum(score_d(deviations, top_k))
-
-
-def mean_and_std(diffs):
-    """{c: (n, 1 + P)} -> both over the n images, {c: (1 + P,)} each."""
-    mean = {c: d.mean(dim=0) for c, d in diffs.items()}
-    std = {c: d.std(dim=0) for c, d in diffs.items()}
-    return mean, std
+# --------------------------------------------------------------------- teacher and student together
 
 
 class Distillation(nn.Module):
@@ -299,15 +248,14 @@ class Distillation(nn.Module):
     layers: the tapped blocks, ascending; the last one is c of the anchor.
     reading: of the norm, see `distance`. lam, top_k: lambda of Eq. 6, k of Eq. 9.
     pos_embed: "copy" is strategy 2 of Fig. 7, the method's: the teacher's position embedding,
-        frozen. "learn" is strategy 1, read as: the student trains its own.
+        frozen. "learn" is strategy 1: the student trains it like its other weights.
     anchor: see `Anchor`. without: terms of Eq. 6 to leave out, "anchor" or "gram", for ablations.
     precision: "bf16" runs both networks under autocast; weights, losses, scores stay float32, and
-        what vit.py keeps out of autocast.
+        what vit.py keeps out of autocast. "tf32" is a setting of CUDA, see `runs.set_tf32`.
 
     `calibrate` sets the rest, by normal images. delta: the threshold of Eq. 10. heat_scale: two
-    values, the median heat of a patch, and the `threshold` of each image's hottest patch. Before,
-    delta and heat_scale are NaN. normal: see `Normal`; None before, and with fewer than `FEW`
-    images.
+    values, the median heat of all patches, and the `threshold` of the images' largest heats.
+    Before, both are NaN. normal: see `Normal`; None before, and with fewer than `FEW` images.
     """
 
     def __init__(
@@ -359,7 +307,7 @@ class Distillation(nn.Module):
         self.load_state_dict({**teacher, **state}, strict=True)
 
     def features(self, vit, images):
-        """uint8 images (B, 3, size, size) -> features of `vit`, teacher or student, in float32.
+        """images -> features of `vit`, teacher or student, in float32.
 
         The images may be on any device; they are moved to the model's.
         """
@@ -370,8 +318,8 @@ class Distillation(nn.Module):
         return {c: x.float() for c, x in features.items()}
 
     @torch.no_grad()
-    def teach(self, images):
-        """uint8 images (B, 3, size, size) -> t, the teacher's features, without gradient."""
+    def teacher_features(self, images):
+        """images -> t, the teacher's features, without gradient."""
         return self.features(self.teacher, images)
 
     def update_anchor(self, t):
@@ -379,9 +327,9 @@ class Distillation(nn.Module):
         self.anchor.update(t[self.layers[-1]][:, 0])
 
     def loss_terms(self, images, t):
-        """The terms of Eq. 6 and their sum: {"loss", "distill", "anchor", "gram"}, scalars.
+        """L of Eq. 6, "loss", and its terms before lambda, "distill", "anchor", "gram".
 
-        The terms are unweighted; those of `without` are missing. t = teach(images).
+        -> {name: scalar}, less the terms in `without`. t = teacher_features(images).
         """
         s = self.features(self.student, images)
         terms = {"distill": distill_loss(t, s, self.reading)}
@@ -394,13 +342,13 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def compare(self, images, t=None):
-        """uint8 images (B, 3, size, size) -> what the score is made of.
+        """images -> what the score is made of.
 
-        {c: Diff_c (B, 1 + P)} of Eq. 8, and the two terms of Eq. 7, (B,) each. t = teach(images),
-        if known.
+        {c: Diff_c (B, 1 + P)} of Eq. 8, and the two terms of Eq. 7, (B,) each.
+        t = teacher_features(images), if known.
         """
         if t is None:
-            t = self.teach(images)
+            t = self.teacher_features(images)
         s = self.features(self.student, images)
         diffs = {c: diff(t[c], s[c], self.reading) for c in t}
         last = self.layers[-1]
@@ -414,24 +362,26 @@ class Distillation(nn.Module):
         return diffs, (torch.cat(teacher), torch.cat(student))
 
     def scores(self, images, t=None):
-        """uint8 images (B, 3, size, size) -> the score of Eq. 10 and its parts, (B,) each.
+        """images -> the score of Eq. 10 and its parts, (B,) each.
 
-        "score" = "score_d" + "score_a_teacher" + "score_a_student". "score_d_cls" is the class
+        "score" = "score_d" + ("score_a_teacher" + "score_a_student"). "score_d_cls" is the class
         tokens' share of score_d. "heat" (B, P) has a number per patch. "score_d_standardised" is
-        beside them where there is a `Normal`. t = teach(images), if known.
+        beside them where there is a `Normal`. t = teacher_features(images), if known.
         """
         return self.scores_of(*self.compare(images, t))
 
     def scores_of(self, diffs, terms_of_s_a):
         """What `compare` returns -> the scores, see `scores`."""
-        cls, patches = score_d(diffs, self.top_k)
+        s_d = score_d(diffs, self.top_k)
         a_teacher, a_student = terms_of_s_a
-        parts = {
-            "score_d": cls + patches,
+        scores = {
+            "score": score(s_d, a_teacher + a_student),
+            "score_d": s_d,
             "score_a_teacher": a_teacher,
             "score_a_student": a_student,
+            "score_d_cls": sum(d[:, 0] for d in diffs.values()),
+            "heat": heat(diffs),
         }
-        scores = {"score": score(**parts), **parts, "score_d_cls": cls, "heat": heat(diffs)}
         if self.normal is not None:
             scores["score_d_standardised"] = self.normal.score_d(diffs, self.top_k)
         return scores
@@ -449,3 +399,77 @@ class Distillation(nn.Module):
         enough = len(scores["score"]) >= FEW
         self.normal = Normal.of(diffs, self.top_k) if enough else None
         return scores
+
+
+# --------------------------------------------------------------------------------- not in the paper
+
+
+def heat(diffs):
+    """Where the score comes from: Diff of Eq. 8 of each patch, summed over the layers.
+
+    {c: Diff_c (B, 1 + P)} -> (B, P). A ViT's layers have one grid; of a CNN (ablations/) the
+    smaller ones are enlarged to the finest.
+    """
+    maps = []
+    for d in diffs.values():
+        side = math.isqrt(d.shape[1] - 1)
+        maps.append(d[:, None, 1:].unflatten(2, (side, side)))  # (B, 1, side, side)
+    finest = max(x.shape[-1] for x in maps)
+    for i, x in enumerate(maps):
+        if x.shape[-1] != finest:
+            maps[i] = F.interpolate(x, (finest, finest), mode="bilinear")
+    return sum(maps).flatten(1)
+
+
+class Normal(nn.Module):
+    """Mean and standard deviation of Diff (Eq. 8) over normal images. They standardise Diff.
+
+    mean, std: {c: (1 + P,)}, of each position of each layer. delta: Eq. 10's, for S_D of the
+    standardised Diff.
+    """
+
+    def __init__(self, mean, std, delta):
+        super().__init__()
+        for c in mean:
+            self.register_buffer(f"mean_{c}", mean[c])
+            self.register_buffer(f"std_{c}", std[c])
+        self.register_buffer("delta", delta)
+
+    @classmethod
+    def of(cls, diffs, top_k=TOP_K):
+        """{c: Diff_c (n, 1 + P)} of normal images, n > 2 -> a Normal.
+
+        delta is the `threshold` of their scores, each by the mean and std of the n - 1 others.
+        These follow from those of all: mean_i = mean - own / (n - 1), and var_i = ((n - 1) var -
+        n / (n - 1) own^2) / (n - 2), with own = Diff_i - mean.
+        """
+        mean, std = mean_and_std(diffs)
+        deviations = {}
+        for c, d in diffs.items():
+            n = len(d)
+            # In float64, since var is a difference of nearly equal numbers.
+            own = d.double() - d.double().mean(dim=0)
+            squares = own.square()
+            var = (squares.sum(dim=0) - n / (n - 1) * squares) / (n - 2)
+            deviations[c] = n / (n - 1) * own / var.clamp(min=LEAST_STD**2).sqrt()
+        scores = score_d(deviations, top_k)
+        return cls(mean, std, threshold(scores).float())
+
+    def score_d(self, diffs, top_k=TOP_K):
+        """Eq. 9 of (Diff - mean) / std: {c: Diff_c (B, 1 + P)} -> (B,).
+
+        On every normal image some positions are farther from the teacher than others. Here each is
+        compared with itself. A std of 0 counts as `LEAST_STD`.
+        """
+        deviations = {}
+        for c, d in diffs.items():
+            mean, std = getattr(self, f"mean_{c}"), getattr(self, f"std_{c}")
+            deviations[c] = (d - mean) / std.clamp(min=LEAST_STD)
+        return score_d(deviations, top_k)
+
+
+def mean_and_std(diffs):
+    """{c: (n, 1 + P)} -> both over the n images, {c: (1 + P,)} each."""
+    mean = {c: d.mean(dim=0) for c, d in diffs.items()}
+    std = {c: d.std(dim=0) for c, d in diffs.items()}
+    return mean, std

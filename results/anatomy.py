@@ -46,21 +46,22 @@ def score_parts(model, images, batch_size=32):
 
 def variants(diffs, s_a, top_k):
     """{name: scores (n,)} by what they are made of."""
-    cls, patches = score_d(diffs, top_k)
+    s_d = score_d(diffs, top_k)
+    cls = sum(d[:, 0] for d in diffs.values())
     scores = {
-        SCORE: cls + patches + s_a,
-        "S_D": cls + patches,
+        SCORE: s_d + s_a,
+        "S_D": s_d,
         "S_A": s_a,
         "S_D, class tokens only": cls,
-        "S_D, patches only": patches,
+        "S_D, patches only": s_d - cls,
     }
     for c, d in diffs.items():
-        scores[f"S_D, layer {c} only"] = sum(score_d({c: d}, top_k))
+        scores[f"S_D, layer {c} only"] = score_d({c: d}, top_k)
     all_patches = min(d.shape[1] for d in diffs.values()) - 1
     for k in (*(k for k in (1, 5, 20, 50) if k < all_patches), all_patches):
-        scores[f"S_D with k = {k}"] = sum(score_d(diffs, k))
+        scores[f"S_D with k = {k}"] = score_d(diffs, k)
     for weight in (2, 5, 10, 20):
-        scores[f"S_D + {weight} S_A"] = cls + patches + weight * s_a
+        scores[f"S_D + {weight} S_A"] = s_d + weight * s_a
     return scores
 
 

@@ -57,14 +57,10 @@ RESULT = {  # what is read of a result.json, as runs.check_values has it
 
 
 @functools.cache
-def paper():
-    """The paper's image AUROC, Tables 1 to 4, row "ours": {data set: {category: AUROC}}."""
-    return json.loads((Path(__file__).parent / "paper.json").read_text("utf-8"))
-
-
 def paper_auroc(dataset):
-    """{category: the paper's image AUROC}; empty where the paper has none."""
-    return paper().get(dataset, {})
+    """{category: the paper's image AUROC, Tables 1 to 4, row "ours"}; empty where it has none."""
+    tables = json.loads((Path(__file__).parent / "paper.json").read_text("utf-8"))
+    return tables.get(dataset, {})
 
 
 def cell(values):

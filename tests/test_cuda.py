@@ -64,7 +64,7 @@ def devices(*tensors):
 
 def loss_of(model, images):
     """What a step of training does before `backward`; -> the loss."""
-    t = model.teach(images)
+    t = model.teacher_features(images)
     model.update_anchor(t)
     return model.loss_terms(images, t)["loss"]
 
@@ -87,7 +87,7 @@ def test_a_step_of_training_and_scoring(precision, reading, images):
     model = on_cuda(precision=precision, reading=reading)
     images = pictures(device=images)
     assert devices(loss_of(model, images)) == {"cuda"}
-    t = model.teach(images)
+    t = model.teacher_features(images)
     assert devices(*t.values()) == {"cuda"}
     assert {x.dtype for x in t.values()} == {torch.float32}
     scores = model.scores(images)
@@ -116,7 +116,7 @@ def test_a_gpu_attends_in_bfloat16(monkeypatch):
         return attend(q, k, v)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
-    on_cuda(precision="bf16").teach(pictures())
+    on_cuda(precision="bf16").teacher_features(pictures())
     assert seen == [torch.bfloat16] * 3
 
 

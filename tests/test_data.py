@@ -269,7 +269,7 @@ def test_another_reading_of_images_is_not_taken_from_the_cache(tmp_path, monkeyp
     read_image = data.read_image
     monkeypatch.setattr(data, "read_image", lambda *args: 255 - read_image(*args))
     before = data.train_split("mvtec", tmp_path, "bottle").images
-    monkeypatch.setattr(data, "READING", data.READING + 1)
+    monkeypatch.setattr(data, "DECODER_VERSION", data.DECODER_VERSION + 1)
     assert torch.equal(data.train_split("mvtec", tmp_path, "bottle").images, 255 - before)
 
 

@@ -161,7 +161,7 @@ def test_a_run_with_masks_says_where_the_defects_are(world):
     assert result["misses_by_kind"] == {"stain": [result["misses"], 5]}
     assert lines[0] == (
         f"own seed 0, delta {result['delta']:.3f}: false alarms {result['false_alarms']} of 4; "
-        f"missed stain {result['misses']} of 5"
+        f"missed: stain {result['misses']} of 5"
     )
 
 

@@ -571,7 +571,7 @@ def test_images_held_out_measure_and_calibrate_and_teach_nothing(world, tmp_path
     model.load_learned_state(whole)
     images = data.train_split("folder", tmp_path / "all/own", "own").images[held_out]
     with torch.no_grad():
-        t = model.teach(images)
+        t = model.teacher_features(images)
         s = model.features(model.student, images)
     student = []
     for c in t:
@@ -721,7 +721,7 @@ def test_real_scores_do_not_depend_on_the_batch(tmp_path):
     images = data.test_split("mvtec", root, "bottle").images[::8]  # 11, of every kind
     torch.manual_seed(0)
     model = Distillation(load_vit(tmp_path / "teacher.safetensors"))
-    model.update_anchor(model.teach(images[:8]))
+    model.update_anchor(model.teacher_features(images[:8]))
 
     def scores(size):
         return torch.cat([model.scores(batch)["score"] for batch in images.split(size)])

@@ -74,7 +74,7 @@ def test_a_checkpoint_becomes_a_teacher(tmp_path, name, size, changes):
 
     model = Distillation(teacher)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    t = model.teach(images)
+    t = model.teacher_features(images)
     model.update_anchor(t)
     scores = model.scores(images, t)
     assert scores["score"].isfinite().all() and scores["heat"].shape == (2, side * side)

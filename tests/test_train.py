@@ -35,7 +35,7 @@ def test_kept_features_are_those_of_the_teacher(place, precision, tmp_path):
     model, fp32 = distillation(precision=precision), precision == "fp32"
     cache = train.TeacherCache(model, 7, "cpu", tmp_path, place)
     assert cache.place == place and cache.bytes == 7 * 4 * 50 * 32 * (4 if fp32 else 2)
-    expected = model.teach(IMAGES)
+    expected = model.teacher_features(IMAGES)
     if not fp32:
         expected = {c: x.bfloat16().float() for c, x in expected.items()}
     calls = []
@@ -100,7 +100,7 @@ def cosine(x, y):
 
 def test_the_held_out_distance_against_naive_loops():
     model = distillation(layers=(2, 5))
-    t = model.teach(IMAGES)
+    t = model.teacher_features(IMAGES)
     parts = [(IMAGES[i], {c: x[i] for c, x in t.items()}) for i in (slice(3), slice(3, 5))]
     measured = train.measure_held_out(model, parts)
 
@@ -115,7 +115,9 @@ def test_the_held_out_distance_against_naive_loops():
 def test_the_held_out_distance_of_a_student_that_has_arrived():
     model = distillation()
     model.student.load_state_dict(model.teacher.state_dict())
-    assert train.measure_held_out(model, [(IMAGES, model.teach(IMAGES))]).abs().max() < 1e-6
+    assert (
+        train.measure_held_out(model, [(IMAGES, model.teacher_features(IMAGES))]).abs().max() < 1e-6
+    )
 
 
 def test_what_the_held_out_distances_say_of_the_length():

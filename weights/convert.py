@@ -476,31 +476,25 @@ def metadata_of(path, digest, norm_pre, options):
     return {**values, "eps": eps, "name": name, "original_sha256": digest}
 
 
-def save(path, tensors, metadata):
-    """The file format of vit.load_vit.
+def save(path, tensors, metadata, name):
+    """Write the file format of vit.load_vit; -> the ViT, read back. name: the file's, in an error.
 
     The metadata are one sorted JSON text under one key: safetensors writes several keys in random
     order, and the file's sha256 is the teacher's name.
     """
     save_file(tensors, path, metadata={"vitad": json.dumps(metadata, sort_keys=True)})
+    try:
+        return load_vit(path)
+    except ValueError as error:
+        raise UserError(str(error).replace(str(path), str(name))) from None
 
 
-def convert(
-    path,
-    out,
-    *,
-    mean=None,
-    std=None,
-    activation=None,
-    heads=None,
-    source=None,
-    license=None,
-    check=None,
-):
+def convert(path, out, *, check=None, **options):
     """Convert the checkpoint `path` into `out`; -> lines that say what was done.
 
-    check: is called with the ViT, and may refuse it by a UserError, which leaves nothing. The other
-    arguments are for what the file does not show; see --help.
+    check: is called with the ViT, and may refuse it by a UserError, which leaves nothing.
+    options: "mean", "std", "activation", "heads", "source", "license", for what the file does not
+    show; see --help.
     """
     path = Path(path)
     out = Path(out)
@@ -517,14 +511,7 @@ def convert(
     read_line = f"read {path}: {len(tensors)} tensors, sha256 {digest}"
     try:
         tensors, file_heads, done = canonical(tensors)
-        options = {
-            "mean": mean,
-            "std": std,
-            "activation": activation,
-            "heads": heads or file_heads,
-            "source": source,
-            "license": license,
-        }
+        options["heads"] = options.get("heads") or file_heads
         metadata = metadata_of(path, digest, "norm_pre.weight" in tensors, options)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -534,11 +521,7 @@ def convert(
             f"{path}: expected tensors of a ViT's shapes, got others ({reason})"
         ) from None
     with new_folder(out.parent), atomic(out) as temporary:
-        save(temporary, tensors, metadata)
-        try:
-            vit = load_vit(temporary)
-        except ValueError as error:
-            raise UserError(str(error).replace(str(temporary), str(path))) from None
+        vit = save(temporary, tensors, metadata, path)
         if check:
             check(vit)
     return [read_line, "; ".join(done), *summary(out, vit)]
@@ -577,20 +560,12 @@ def main(argv):
     )
     parser.add_argument("--source", help="where the checkpoint is from, for the metadata")
     parser.add_argument("--license", help="its licence, for the metadata")
-    args = parser.parse_args(argv)
-    if args.heads is not None:
-        check_whole("heads", args.heads, 1)
-    lines = convert(
-        args.file,
-        args.out or WEIGHTS / f"{args.file.stem}.safetensors",
-        mean=args.mean,
-        std=args.std,
-        activation=args.activation,
-        heads=args.heads,
-        source=args.source,
-        license=args.license,
-    )
-    print("\n".join(lines))
+    options = vars(parser.parse_args(argv))
+    if options["heads"] is not None:
+        check_whole("heads", options["heads"], 1)
+    file = options.pop("file")
+    out = options.pop("out") or WEIGHTS / f"{file.stem}.safetensors"
+    print("\n".join(convert(file, out, **options)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ if __name__ == "__main__":
     import _root  # noqa: F401 (puts the repository on the path)
 
 from runs import WEIGHTS, Parser, UserError, atomic, check_whole, new_folder, script
-from vit import ViT, load_vit
+from vit import ViT
 from vitad import LAYERS
 from weights.convert import save
 
@@ -270,11 +270,7 @@ def main(argv):
         torch.manual_seed(args.seed)
         vit = train(args.steps, args.batch_size, args.lr)
         halves = {key: value.half() for key, value in vit.state_dict().items()}
-        save(temporary, halves, metadata(vit))
-        try:
-            written = load_vit(temporary)  # it has to be a file that can be used
-        except ValueError as error:  # the training diverged
-            raise UserError(str(error).replace(str(temporary), str(args.out))) from None
+        written = save(temporary, halves, metadata(vit), args.out)  # fails if training diverged
     parameters = sum(p.numel() for p in written.parameters())
     print(f"wrote {args.out}: {parameters:,} parameters, sha256 {written.sha256}")
 
