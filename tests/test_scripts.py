@@ -219,6 +219,23 @@ def test_keeping_the_teachers_features_changes_nothing(world, tmp_path, cache):
     assert names == ["config.json", "log.jsonl", "model.safetensors"]
 
 
+def test_compile_compiles_the_losses_and_changes_nothing(world, tmp_path, monkeypatch):
+    compiled = []
+
+    def without_compiler(function, **options):
+        compiled.append(function.__name__)
+        return torch_compile(function, backend="eager", **options)
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", without_compiler)
+    assert run_train(world, "--compile", out=tmp_path).code == 0
+    assert compiled == ["loss_terms"]
+    eager = load_file(run_folder(world) / "model.safetensors")
+    ours = load_file(tmp_path / RUN / "model.safetensors")
+    for key, value in eager.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6)
+
+
 def test_runs_evaluated_together_score_as_when_alone(world, tmp_path):
     for seed in (0, 1):
         assert run_train(world, out=tmp_path, seed=seed, epochs=1).code == 0
