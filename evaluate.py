@@ -10,13 +10,14 @@ It prints the mistakes at delta by kind of defect, and a table per data set with
 beside ours. Each run folder gets scores.csv (a line per image: raw scores, higher = more anomalous)
 and result.json.
 
-Columns, all AUROC in % but for the last:
-    AUROC             of the score S_D + S_A, Eq. 10
-    paper             the paper's
-    S_D, S_A          of each alone
-    teacher           of the teacher's term of S_A, which needs no training
-    S_D stand.        of S_D standardised, which is not the paper's, see `vitad.Normal`
-    pixels, AU-PRO    of the heat maps, where there are masks
+Columns, in %:
+    AUROC         of the score S_D + S_A, Eq. 10
+    paper         the paper's AUROC
+    S_D, S_A      AUROC of each alone
+    teacher       AUROC of the teacher's term of S_A, which needs no training
+    S_D stand.    AUROC of S_D standardised, which is not the paper's, see `vitad.Normal`
+    pixels        AUROC of the pixels of the heat maps, where there are masks
+    AU-PRO        how much of a defect they find, see results/README.md
 """
 
 import os
@@ -305,8 +306,8 @@ def summarise(scored):
     if scored.model.normal is not None:
         values = scores["score_d_standardised"]
         percent["auroc_standardised"] = auroc(values, labels)
-        mistakes = at_delta(values, labels, float(scored.model.normal.delta))
-        standardised = {f"{name}_standardised": value for name, value in mistakes.items()}
+        counts = at_delta(values, labels, float(scored.model.normal.delta))
+        standardised = {f"{name}_standardised": value for name, value in counts.items()}
     kinds = np.array([name.split("/")[-2] for name in split.names])  # test/scratch/000.png
     misses_by_kind = {
         str(kind): [int(missed[kinds == kind].sum()), int((kinds == kind).sum())]
@@ -483,8 +484,7 @@ def print_results(results):
         by_dataset.setdefault(result["dataset"], []).append(result)
     for dataset, rows in by_dataset.items():
         order = [*CATEGORIES[dataset], *(row["category"] for row in rows)]
-        rows.sort(key=lambda row: row["seed"])
-        rows.sort(key=lambda row, order=order: order.index(row["category"]))
+        rows.sort(key=lambda row, order=order: (order.index(row["category"]), row["seed"]))
         teachers = sorted({str(row["teacher"]) for row in rows})
         print("\n".join(map(mistakes, rows)))
         print(f"{dataset}: image AUROC in %, last epoch, teacher {', '.join(teachers)}")

@@ -20,6 +20,7 @@ import math
 import operator
 import os
 import platform
+import re
 import secrets
 import shlex
 import shutil
@@ -113,7 +114,7 @@ def script(main):
         except (UserError, OSError) as error:
             complain(error)
             return 2
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             complain(
@@ -134,8 +135,10 @@ def script(main):
 
 
 def is_out_of_memory(error):
-    """Whether a RuntimeError of torch's says so: on CUDA it has a class, on a CPU only words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an error says so. torch has a class for it on CUDA, and on a CPU only words."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return re.search("can(no|')t allocate memory", str(error), re.IGNORECASE) is not None
 
 
 def complain(error):
@@ -290,7 +293,7 @@ def read_csv(path, columns):
     got = "others, or a row of another length"
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
+            rows = [row for row in csv.reader(file) if row]
         whole = all(len(row) == len(columns) for row in rows)
         if whole and rows[:1] == [list(columns)]:
             return [dict(zip(columns, row, strict=True)) for row in rows[1:]]
@@ -561,7 +564,7 @@ def load_checkpoint(path, model, optimizers, *, settings):
     try:
         with safe_open(path, framework="pt") as file:
             before = json.loads((file.metadata() or {}).get("settings", "{}"))
-        different = differences(before, settings)
+        different = differences(dict(before), settings)
         if different:
             raise ValueError(f"it is another run's, {', '.join(different)}")
         tensors = load_file(path)
@@ -569,18 +572,19 @@ def load_checkpoint(path, model, optimizers, *, settings):
         torch.set_rng_state(tensors.pop("random"))
         states = [{} for _ in optimizers]
         for key in [key for key in tensors if key.startswith("optimizer.")]:
+            if key.count(".") != 3:
+                raise ValueError(f"{key}, of another version")
             _, which, i, name = key.split(".")
             states[int(which)].setdefault(int(i), {})[name] = tensors.pop(key)
         for optimizer, state in zip(optimizers, states, strict=True):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         model.load_learned_state(tensors)
-    except Exception as error:  # a file may hold anything
+    except (SafetensorError, OSError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise  # `train` says what to do; the checkpoint is good
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{path}: expected a checkpoint of this run, got a file that does not fit "
-            f"({reason}): --overwrite starts again"
+            f"({str(error).splitlines()[0]}): --overwrite starts again"
         ) from None
     return step
 

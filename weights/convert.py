@@ -489,12 +489,22 @@ def save(path, tensors, metadata, name):
         raise UserError(str(error).replace(str(path), str(name))) from None
 
 
-def convert(path, out, *, check=None, **options):
+def convert(
+    path,
+    out,
+    *,
+    mean=None,
+    std=None,
+    activation=None,
+    heads=None,
+    source=None,
+    license=None,
+    check=None,
+):
     """Convert the checkpoint `path` into `out`; -> lines that say what was done.
 
-    check: is called with the ViT, and may refuse it by a UserError, which leaves nothing.
-    options: "mean", "std", "activation", "heads", "source", "license", for what the file does not
-    show; see --help.
+    check: is called with the ViT, and may refuse it by a UserError, which leaves nothing. The other
+    arguments are for what the file does not show; see --help.
     """
     path = Path(path)
     out = Path(out)
@@ -511,7 +521,14 @@ def convert(path, out, *, check=None, **options):
     read_line = f"read {path}: {len(tensors)} tensors, sha256 {digest}"
     try:
         tensors, file_heads, done = canonical(tensors)
-        options["heads"] = options.get("heads") or file_heads
+        options = {
+            "mean": mean,
+            "std": std,
+            "activation": activation,
+            "heads": heads or file_heads,
+            "source": source,
+            "license": license,
+        }
         metadata = metadata_of(path, digest, "norm_pre.weight" in tensors, options)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
