@@ -135,6 +135,23 @@ def test_without_l_anchor_s_d_alone_is_compared(name):
     assert VARIANTS[name].score == ("auroc" if trains_anchor else "auroc_score_d")
 
 
+def test_what_each_variant_leaves_out():
+    settings = {name: train.parse(variant.options)[0] for name, variant in VARIANTS.items()}
+    assert {name: values.without for name, values in settings.items()} == {
+        "VGG": "anchor,gram",
+        "VGG + L_anchor": "gram",
+        "ResNet": "anchor,gram",
+        "ResNet + L_anchor": "gram",
+        "ViT": "anchor,gram",
+        "ViT + L_Gram": "anchor",
+        "ViT + L_Gram + L_anchor": None,
+        "position embedding learnt": None,
+    }
+    for name, values in settings.items():
+        learnt = VARIANTS[name].backbone != "vit" or name == "position embedding learnt"
+        assert values.pos_embed == ("learn" if learnt else "copy"), name
+
+
 def test_differences_are_paired_by_seed_and_judged_by_their_spread():
     found = rows(
         a={"bottle": [90.0, 80.0], "pill": [70.0, 60.0]},

@@ -273,6 +273,13 @@ def test_another_reading_of_images_is_not_taken_from_the_cache(tmp_path, monkeyp
     assert torch.equal(data.train_split("mvtec", tmp_path, "bottle").images, 255 - before)
 
 
+def test_another_size_is_not_taken_from_the_cache(tmp_path):
+    make_category(tmp_path / "bottle")
+    for size in (64, 32):
+        images = data.train_split("mvtec", tmp_path, "bottle", size).images
+        assert images.shape == (6, 3, size, size)
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "gone"])
 def test_a_damaged_cache_is_made_again(tmp_path, damage):
     make_category(tmp_path / "bottle")
@@ -370,6 +377,19 @@ def test_official_files_of_cifar10(tmp_path, small_counts, monkeypatch):
     assert train.names == [f"train/airplane/{i:05d}" for i in (6, 7, 8)]
     assert len(test.images) == 20
     assert [i for i, label in enumerate(test.labels) if label == 0] == [4, 5]
+
+
+class Upright(OfficialCifar):
+    def values(self, i):
+        pixels = super().values(i)
+        pixels[:, 0] = 255  # the first row
+        return pixels
+
+
+def test_official_pictures_stand_upright(tmp_path, small_counts, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Upright)
+    for split in both_splits("cifar10", tmp_path, "airplane"):
+        assert (split.images[:, :, 0] == 255).all() and (split.images[:, :, 1:] < 255).all()
 
 
 def test_official_files_of_fashion_mnist_become_three_channels(tmp_path, small_counts, monkeypatch):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import data
 import evaluate
 import runs
 import train
@@ -295,6 +296,34 @@ def test_the_page_finds_pictures_whatever_their_names(world, tmp_path):
     assert all((tmp_path / "maps" / urllib.parse.unquote(src)).is_file() for src in images)
 
 
+@pytest.mark.parametrize("options", [(), ("--images", "own/test/good", "own/test/stain")])
+def test_each_picture_has_its_own_heat(world, tmp_path, monkeypatch, options):
+    added, add = {}, Gallery.add
+
+    def noted(self, name, image, heat, scores, **label):
+        added[name.removeprefix("own/")] = heat
+        return add(self, name, image, heat, scores, **label)
+
+    monkeypatch.setattr(Gallery, "add", noted)
+    assert run_evaluate(world, *options, "--heatmaps", tmp_path).code == 0
+    split = data.test_split("folder", world / "own", "own")
+    monkeypatch.chdir(world)
+    heat = runs.load(RUN).scores(split.images)["heat"]
+    assert list(added) == split.names
+    for name, expected in zip(split.names, heat, strict=True):
+        torch.testing.assert_close(added[name], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_caption_names_the_parts(tmp_path):
+    scores = {"score": 2.5, "score_d": 2.0, "score_d_cls": 0.5}
+    scores |= {"score_a_teacher": 0.4, "score_a_student": 0.1}
+    lines = Gallery(tmp_path, "t", 3.0, (0, 1)).caption(scores, "normal")
+    assert lines == (
+        "score 2.500, delta 3.000: normal",
+        "patches 1.500 + class tokens 0.500 + anchor: teacher 0.400, student 0.100",
+    )
+
+
 def test_heat_maps_of_any_pictures(world, tmp_path):
     result = run_evaluate(world, "--images", "own/test/stain", "--json", "--heatmaps", tmp_path)
     assert result.code == 0 and len(result.out.splitlines()) == 5 and "index.html" in result.err
@@ -392,6 +421,12 @@ def test_what_the_plots_draw():
     assert "nan" not in one_kind
 
 
+def test_a_histogram_has_shares_of_each_kind():
+    text = histogram("t", np.array([1.0, 2.0, 3.0, 4.0]), np.array([0, 0, 0, 1]), 2.5)
+    heights = [float(x) for x in re.findall(r'height="([\d.]+)" fill="#\w+" fill-opacity', text)]
+    assert sorted(x for x in heights if x) == pytest.approx([90, 90, 90, 270], abs=0.1)
+
+
 # ------------------------------------------------------------------------------------- from Python
 
 
@@ -416,6 +451,14 @@ def test_held_out_distances_go_from_the_log_into_the_table_and_the_chart(world, 
     assert curve == [1, EPOCHS]
     result = call(curves.main, "--category", "bottle", cwd=world)
     assert_one_sentence(result, "expected runs of bottle")
+
+
+def test_both_rates_go_into_the_table(world, tmp_path):
+    shutil.copytree(world / RUN, tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lr_rest": 0.004}))
+    row = curves.rows_of(tmp_path / "run")[0]
+    assert (row["lr"], row["lr_rest"]) == ("0.008", "0.004")
 
 
 def test_load_scores_an_array(world, monkeypatch):

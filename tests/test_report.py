@@ -4,12 +4,15 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import data
 import evaluate
 import train
+import vitad
 from conftest import (
     ROOT,
     assert_one_sentence,
@@ -19,9 +22,10 @@ from conftest import (
     save_vit,
     tiny_vit,
 )
-from data import CATEGORIES
+from data import CATEGORIES, slug
 from results import anatomy, curves, nearest
 from results.report import cell, chart, paper_auroc, table
+from vit import load_vit
 
 FOLDERS = sorted(path for path in (ROOT / "results").glob("*/*/") if list(path.glob("*.json")))
 
@@ -174,6 +178,26 @@ def test_nearest_patches_of_several_categories_at_once(tmp_path, small_counts):
     assert_one_sentence(refused, "all/cifar10: expected the results of one teacher")
 
 
+def test_the_auroc_of_nearest_patches(tmp_path, small_counts):
+    make_classes(tmp_path / "data", "cifar10", CATEGORIES["cifar10"])
+    path = save_vit(tiny_vit(), tmp_path / "teacher.safetensors")
+    command = ("--dataset", "cifar10", "--weights", path, "--memory", 30, "--out", "out")
+    assert call(nearest.main, *command, "--category", "cat", cwd=tmp_path).code == 0
+    place = ("cifar10", tmp_path / "data", "cat")
+    teacher, test = load_vit(path), data.test_split(*place)
+    memory = nearest.fill_memory(teacher, data.train_split(*place).images, vitad.LAYERS, 30)
+    [scores] = nearest.score_images(teacher, test.images, [memory])
+    result = json.loads((tmp_path / "out/cifar10/nearest/cat.json").read_text())
+    assert result["auroc"] == evaluate.auroc(sum(scores.values()), test.labels) > 60
+
+
+def test_the_memory_of_nearest_holds_20000_patches(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(nearest, "results_of", lambda _, args, teacher: seen.append(args) or [])
+    assert call(nearest.main, "--dataset", "demo", "--out", tmp_path).code == 0
+    assert seen[0].memory == 20000
+
+
 def heights(svg):
     """{colour: heights of the bars in pixels}"""
     bars = {}
@@ -223,11 +247,28 @@ def test_the_tables_follow_from_the_results_beside_them(folder):
     assert {r["teacher_sha256"] for r in others} <= {r["teacher_sha256"] for r in results}
 
 
+def test_results_lie_here():
+    assert FOLDERS
+
+
 def test_the_papers_numbers_are_there_for_every_category():
     for dataset in ("cifar10", "cifar100", "fashion_mnist", "mvtec"):
         percent = paper_auroc(dataset)
         assert set(percent) == set(CATEGORIES[dataset])
         assert all(50 < value <= 100 for value in percent.values())
+
+
+def test_the_recipes_charts_follow_from_the_table():
+    rows = curves.read_table()
+    names = {slug(row["category"]): row["category"] for row in rows}
+    charts = sorted((ROOT / "results").glob("recipe_*.svg"))
+    assert len(charts) == 2
+    for path in charts:
+        category = names[path.stem.removeprefix("recipe_")]
+        wanted = ("deit_tiny_patch16_224", category)
+        drawn = [row for row in rows if (row["teacher"], row["category"]) == wanted]
+        title = f"{category}: distance to the teacher on images held out"
+        assert path.read_text() == curves.draw(drawn, title)
 
 
 @pytest.fixture(scope="module")
@@ -344,3 +385,65 @@ def test_standardised_per_layer():
     expected = 2 * (1 + (8 - patches.mean()) / patches.std())
     score = anatomy.per_layer(normal).score_d(test, 2)
     torch.testing.assert_close(score, expected[None])
+
+
+def test_variants_of_the_score():
+    generator = torch.Generator().manual_seed(0)
+    diffs = {c: torch.rand(4, 31, generator=generator) for c in (3, 6)}
+    s_a = torch.rand(4, generator=generator)
+
+    def hottest(k, *layers):
+        return sum(diffs[c][:, 1:].sort(descending=True).values[:, :k].mean(dim=1) for c in layers)
+
+    cls = diffs[3][:, 0] + diffs[6][:, 0]
+    expected = {
+        anatomy.SCORE: cls + hottest(20, 3, 6) + s_a,
+        "S_D": cls + hottest(20, 3, 6),
+        "S_A": s_a,
+        "S_D, class tokens only": cls,
+        "S_D, patches only": hottest(20, 3, 6),
+        "S_D, layer 3 only": diffs[3][:, 0] + hottest(20, 3),
+        "S_D, layer 6 only": diffs[6][:, 0] + hottest(20, 6),
+        **{f"S_D with k = {k}": cls + hottest(k, 3, 6) for k in (1, 5, 20, 30)},
+        **{f"S_D + {w} S_A": cls + hottest(20, 3, 6) + w * s_a for w in (2, 5, 10, 20)},
+    }
+    torch.testing.assert_close(anatomy.variants(diffs, s_a, 20), expected)
+
+
+def test_on_the_defect():
+    """Of 4 x 4 patches the mask touches four; of the three hottest, two."""
+    masks = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    masks[0, 1:4, 1:4] = 1
+    d = torch.zeros(2, 17)
+    d[:, 0] = 9  # a class token is no patch
+    d[:, [1 + 0, 1 + 5]] = 2
+    d[:, 1 + 15] = 1
+    shares = anatomy.on_the_defect({3: d}, masks, torch.tensor([True, False]), 3)
+    assert shares == {"all patches": 25, "the 3 hottest of layer 3": pytest.approx(200 / 3)}
+    assert anatomy.on_the_defect({3: d}, masks, torch.tensor([False, False]), 3) == {}
+
+
+def test_found_and_missed(monkeypatch):
+    """One image is above delta and hot on its defect, one is below and hot elsewhere."""
+    masks = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    masks[1:, :4, :4] = 1
+    d = torch.zeros(3, 17)
+    d[1, 1 + 0], d[2, 1 + 15] = 5, 1
+    split = data.Split(torch.zeros(3, 3, 8, 8), [0, 1, 1], [], masks=masks)
+    monkeypatch.setattr(anatomy, "test_split", lambda *_, **options: split)
+    monkeypatch.setattr(anatomy, "score_parts", lambda *_: ({3: d}, torch.zeros(3)))
+    teacher, delta = SimpleNamespace(image_size=8), torch.tensor(4.0)
+    model = SimpleNamespace(teacher=teacher, top_k=1, layers=(3,), delta=delta)
+    place = {"dataset": "folder", "data_root": "own", "category": "own"}
+    numbers, _, _ = anatomy.column(place, model, None)
+    shares = [
+        numbers[f"on the defect, %, {word}: the 1 hottest of layer 3"]
+        for word in ("found", "missed")
+    ]
+    assert shares == [100, 0]
+
+
+def test_the_noise_table_has_mean_and_deviation_of_the_patches():
+    normal = {3: torch.tensor([[9.0, 1.0, 2.0], [9.0, 3.0, 6.0]])}
+    text = anatomy.noise_table(["own seed0"], [normal], [{"seed": 0}])
+    assert text.splitlines()[-1] == "| own seed0 | 3 | 3.000 | 2.160 |  |"

@@ -1,6 +1,8 @@
 """The parts of train.py: teacher's cache, held-out distance, learning rate, images held out."""
 
+import dataclasses
 import gc
+import json
 import math
 import os
 import weakref
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import runs
 import train
 from conftest import make_category, tiny_vit
 from runs import UserError
@@ -248,6 +251,16 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
         train.make_optimizers(settings, [vector], 1, "cpu", peak_rest=1)
 
 
+def test_weight_decay_is_that_of_every_parameter():
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (3,))]
+    for optimizer in ("muon", "adamw", "sgd"):
+        for decay in (0.0, 0.1):
+            settings = train.Settings(optimizer=optimizer, weight_decay=decay)
+            made = train.make_optimizers(settings, parameters, 0.01, "cpu", peak_rest=0.002)
+            groups = [group for each in made for group in each.param_groups]
+            assert {group["weight_decay"] for group in groups} == {decay}
+
+
 class RecordsBatches(train.GraphedStep):
     """With a list of sums in place of a graph, which only a GPU has."""
 
@@ -350,3 +363,53 @@ def test_the_learning_rate_is_set_where_a_graph_reads_it():
 )
 def test_peak_learning_rates(width, changes, peaks):
     assert train.peak_learning_rates(train.Settings(**changes), width) == peaks
+
+
+def test_a_step_follows_the_gradient_of_the_whole_loss():
+    model = distillation(lam=3.0)
+    t = model.teacher_features(IMAGES)
+    model.update_anchor(t)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in parameters]
+    loss = model.loss_terms(IMAGES, t)["loss"]
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True)
+    run = train.Training.__new__(train.Training)
+    run.settings, run.model, run.parameters = train.Settings(), model, parameters
+    run.loss_terms, run.optimizers = model.loss_terms, [torch.optim.SGD(parameters, lr=0.5)]
+    run.take_step(IMAGES, t)
+    for p, old, gradient in zip(parameters, before, gradients, strict=True):
+        torch.testing.assert_close(p.detach(), old - 0.5 * gradient)
+
+
+def test_the_defaults_are_the_recipes():
+    settings, _, _ = train.parse(["--dataset", "mvtec", "--category", "bottle"])
+    expected = {
+        "weights": "vit_base_patch16_224",
+        "optimizer": "muon",
+        "momentum": 0.9,
+        "weight_decay": 0,
+        "warmup": 20,
+        "decay": "linear",
+        "clip_grad": 0,
+        "distance": "unit",
+        "anchor": "mean",
+        "pos_embed": "copy",
+        "without": None,
+        "holdout": 0.1,
+    }
+    assert {name: getattr(settings, name) for name in expected} == expected
+    assert (train.EPOCHS, train.LEAST_STEPS) == (28, 400)
+
+
+def test_what_may_differ_between_the_parts_of_a_run():
+    values = json.loads(json.dumps(dataclasses.asdict(train.Settings())))  # as in a file
+    free = {name for name in values if not runs.differences({**values, name: "other"}, values)}
+    assert free == {
+        "out",
+        "device",
+        "compile",
+        "eager",
+        "cache",
+        "deterministic",
+        "checkpoint_every",
+    }

@@ -5,6 +5,7 @@ Also what load_vit reads, and what it refuses.
 
 import functools
 import json
+import math
 import re
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from torchvision.models import vit_b_16
 
 from conftest import perturb, save_vit, shared, tiny_vit
 from runs import WEIGHTS
-from vit import ViT, load_vit
+from vit import ViT, load_vit, quick_gelu
 from weights import convert
 
 BOUND = 3e-5  # largest absolute difference over mean absolute value, fp32
@@ -128,6 +129,30 @@ def test_the_patch_projection_stays_float32_under_autocast():
 def test_classify_needs_a_head():
     with pytest.raises(ValueError, match="no classifier head"):
         tiny_vit().classify(torch.zeros(1, 3, 224, 224))
+
+
+def test_quick_gelu_is_clips():
+    x = torch.tensor([-1.0, 0.5, 2.0])
+    expected = [v / (1 + math.exp(-1.702 * v)) for v in x.tolist()]
+    assert quick_gelu(x).tolist() == pytest.approx(expected)
+
+
+def test_norm_pre_follows_the_position_embedding():
+    network, seen = tiny_vit(norm_pre=True), []
+    network.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        network(images, (0,))
+        tokens = torch.cat([network.cls_token, network.patch_embed(images)], dim=1)
+        norm = network.norm_pre
+        expected = F.layer_norm(tokens + network.pos_embed, (32,), norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_class_token_and_position_embedding_begin_at_random():
+    vit = ViT(width=512, depth=1, heads=8, patch=32, grid=7, hidden=64)
+    for name in ("cls_token", "pos_embed"):
+        assert 0.017 < getattr(vit, name).std() < 0.023, name
 
 
 def test_prepare_normalises():
