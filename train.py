@@ -612,7 +612,7 @@ def peak_learning_rates(settings, width):
         return settings.lr or adamw, None  # `parse` has set SGD's
     # The largest singular value of Muon's step grows with the root of D.
     muon = settings.lr or MUON_LR * min(1, math.sqrt(NARROW / width))
-    # Beyond NARROW, one rate for all weights learns more slowly; up to it, faster.
+    # One rate for all weights ends nearer to the teacher at NARROW, farther at twice the width.
     rest = settings.lr_rest or (muon if width <= NARROW else min(muon, adamw))
     return muon, rest
 
