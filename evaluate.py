@@ -15,7 +15,7 @@ Columns, in %:
     paper         the paper's AUROC
     S_D, S_A      AUROC of each alone
     teacher       AUROC of the teacher's term of S_A, which needs no training
-    S_D stand.    AUROC of S_D standardised, which is not the paper's, see `vitad.Normal`
+    S_D stand.    AUROC of S_D standardised, which is not the paper's, see `vitad.Standardiser`
     pixels        AUROC of the pixels of the heat maps, where there are masks
     AU-PRO        how much of a defect they find, see results/README.md
 """
@@ -51,7 +51,7 @@ SCORES = (  # columns of scores.csv
     "score_d",
     "score_a_teacher",
     "score_a_student",
-    "score_d_standardised",  # where the run has a vitad.Normal
+    "score_d_standardised",  # where the run has a vitad.Standardiser
 )
 
 # ------------------------------------------------------------------------------------------ metrics

@@ -544,7 +544,10 @@ def provenance(device):
 
 
 def save_checkpoint(path, model, optimizers, step, *, settings):
-    """All that the rest of a run depends on: what is learnt, optimisers, step and random state.
+    """All that the rest of a run depends on: what is learnt, optimisers and step.
+
+    The CPU's random state too, for a fork that draws numbers while it trains. Here nothing does
+    after the student's initialisation.
 
     An optimiser's state is kept as optimizer.<which>.<parameter>.<name of the state>. The order of
     the images is not in it: that depends on seed and epoch alone. The settings (a dict) say whose
@@ -628,7 +631,7 @@ def build(teacher, settings, precision="fp32", without=()):
     return Distillation(
         teacher,
         layers=settings["layers"],
-        reading=settings["distance"],
+        reading=settings["distance"],  # the option --distance
         pos_embed=settings["pos_embed"],
         anchor=settings["anchor"],
         lam=settings["lam"],

@@ -52,6 +52,7 @@ EPOCHS = 28
 LEAST_STEPS = 400  # a run of few images gets more epochs, until it has this many
 NARROW = 192  # DeiT-Tiny's width
 MUON_LR = 0.008  # for teachers up to NARROW
+ADAMW_LR = 0.001  # the same
 LOG_EVERY = 10  # steps between lines of the log
 EVAL_BATCH = 32  # images at a time without gradient
 PLACES = ["device", "host", "disk", "off"]  # for the teacher's features, fastest first
@@ -104,13 +105,14 @@ class Settings:
     batch_size: int = option(None, f"images per step (default {per_dataset('batch_size')})")
     lr: float = option(
         None,
-        f"peak learning rate (default muon {MUON_LR}, adamw 0.001, both less for a teacher wider "
-        f"than {NARROW}; sgd {per_dataset('lr')}); with muon see --lr-rest too",
+        f"peak learning rate (default muon {MUON_LR}, adamw {ADAMW_LR}, both less for a teacher "
+        f"wider than {NARROW}; sgd {per_dataset('lr')}); with muon see --lr-rest too",
     )
     lr_rest: float = option(
         None,
         "with muon, peak learning rate of what AdamW trains, all but the blocks' matrices (default "
-        f"--lr, but no more than 0.192 / D for a teacher of a width D beyond {NARROW})",
+        f"--lr, but no more than {ADAMW_LR * NARROW:g} / D for a teacher of a width D beyond "
+        f"{NARROW})",
     )
     optimizer: str = option("muon", "sgd is the paper's and the slowest", ["sgd", "adamw", "muon"])
     momentum: float = option(0.9, "of sgd")
@@ -493,14 +495,16 @@ class Training:
         return self.images[at].to(self.device)
 
     def choose_step(self):
-        """`take_step`, or on CUDA a GraphedStep of it.
+        """`take_step`; on CUDA a GraphedStep of it, unless --eager or --deterministic.
 
-        With --deterministic as it is: what a graph does to the bits has not been tested. Not kept
-        in `self`, to which it refers: without that cycle a run's memory is free once it has ended.
+        With --deterministic there is no graph: whether one keeps the bits has not been tested. The
+        result refers to `self`. Kept there, it would make a cycle, and a run's memory would not be
+        free once it has ended.
         """
         settings = self.settings
         if "cuda" not in self.device or settings.eager or settings.deterministic:
             return self.take_step
+        # A graph reads the rate from the device's memory; a number would stay as recorded.
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = torch.tensor(group["lr"], device=self.device)
@@ -533,12 +537,12 @@ class Training:
     def measure(self, progress, epoch):
         """The held-out distance, at an epoch's end."""
         distances = measure_held_out(self.model, self.batches(self.held_out, EVAL_BATCH))
-        progress.distance = distances.mean().item()
+        progress.held_out = distances.mean().item()
         progress.write(
             {
                 "epoch": epoch,
                 "step": self.step,
-                "held_out_mean": progress.distance,
+                "held_out_mean": progress.held_out,
                 "held_out": distances.tolist(),
             }
         )
@@ -604,15 +608,17 @@ def hold_out(settings, n):
 def peak_learning_rates(settings, width):
     """-> the optimiser's, and with Muon that of the rest, which AdamW trains (else None).
 
-    They fall with the width: a wider layer sums over more inputs, so the same step changes its
-    output more (results/recipe.md, "Width").
+    Beyond NARROW they fall with the width, since a wider layer sums over more inputs: AdamW's with
+    the width, Muon's with its root. The rest has Muon's rate up to NARROW and AdamW's beyond, an
+    eighth of it there (results/recipe.md, "Width of the teacher").
     """
-    adamw = 1e-3 * min(1, NARROW / width)  # AdamW moves each weight by about the learning rate
+    adamw = ADAMW_LR * min(1, NARROW / width)  # AdamW moves each weight by about the learning rate
     if settings.optimizer != "muon":
         return settings.lr or adamw, None  # `parse` has set SGD's
     # The largest singular value of Muon's step grows with the root of D.
     muon = settings.lr or MUON_LR * min(1, math.sqrt(NARROW / width))
-    # One rate for all weights ends nearer to the teacher at NARROW, farther at twice the width.
+    # One rate for all weights ended nearer to DeiT-Tiny (width 192), farther from DINOv2's ViT-S/14
+    # (384). Whether that is the width or the teacher is not known.
     rest = settings.lr_rest or (muon if width <= NARROW else min(muon, adamw))
     return muon, rest
 
@@ -922,7 +928,8 @@ def measure_held_out(model, batches):
     """How far the student still is from the teacher on images held out: (layers,).
 
     batches: [(images, t), ...]. Per layer the mean of 1 - cosine over the tokens of all images, 0
-    to 2, which means the same for every reading of the norm, optimiser and length.
+    to 2. It is not `vitad.distance`: it means the same for every reading of the norm, optimiser
+    and length.
     """
     total = 0
     n = 0
@@ -978,7 +985,7 @@ class Progress:
         self.first = step
         self.runs_after = runs_after  # 0 once the time of all runs has been said
         self.begun = time.perf_counter()
-        self.distance = None  # the last held-out distance, set by `Training.measure`
+        self.held_out = None  # the last held-out distance, set by `Training.measure`
         self.start_line()
 
     def start_line(self):
@@ -1019,7 +1026,7 @@ class Progress:
 
     def show(self, epoch_ends, ended):
         """What `log` took in: in a terminal one line, written over, elsewhere a line per epoch."""
-        held_out = f" held out {self.distance:.4f}" if self.distance is not None else ""
+        held_out = f" held out {self.held_out:.4f}" if self.held_out is not None else ""
         line = f"{self.line}{held_out} {self.speed}"
         if sys.stdout.isatty():
             print(f"\r\033[K{line}", end="\n" if ended else "", flush=True)

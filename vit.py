@@ -36,9 +36,9 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}  # F.gelu is the exact 
 class PatchEmbed(nn.Module):
     """Cut into patches and project each one: a convolution whose stride is its kernel size.
 
-    It stays out of autocast: float32, or TF32 on CUDA (`runs.set_tf32`). In bf16 its rounding alone
-    moves the features of block 11 by 3 to 12 % of their size (DINOv2, CLIP), all other products
-    together by 2 %.
+    It stays out of autocast, in float32; on CUDA in TF32, where `runs.set_tf32` allows it. In bf16
+    its rounding alone moves the features of block 11 by 3 to 12 % of their size (DINOv2, CLIP), all
+    other products together by 2 %.
     """
 
     def __init__(self, width, patch):

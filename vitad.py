@@ -31,10 +31,10 @@ LAM = 1.0  # lambda of Eq. 6, section 4.1
 READINGS = ("unit", "l2", "mse")  # of the norm, see `distance`; the option is --distance
 AVERAGES = ("mean", "ema")  # see `Anchor`
 POS_EMBEDS = ("copy", "learn")  # see `Distillation`
-# With fewer normal images delta is a guess, and there is no `Normal`. The standard deviation of
-# five is uncertain by about a third.
+# With fewer normal images delta is a guess, and there is no `Standardiser`. The standard deviation
+# of five is uncertain by about a third.
 FEW = 5
-LEAST_STD = 1e-6  # least standard deviation of Diff, in `Normal`
+LEAST_STD = 1e-6  # least standard deviation of Diff, in `Standardiser`
 
 # ---------------------------------------------------------------------------- the paper's equations
 
@@ -74,8 +74,10 @@ class Anchor(nn.Module):
     State, saved with the model: `running`, the average, and `count`, the images (mean) or batches
     (ema) seen.
 
-    Deviation: the mean is of raw tokens. Under `unit` the anchor is normalised afterwards, where it
-    is compared, so it is the direction of the mean and not the mean of the directions.
+    Deviation: `mean` is no moving average. It stops after the first epoch, since a second one would
+    add nothing: the teacher is frozen and nothing is augmented. Under `unit` the anchor is
+    normalised where it is compared. So it is the direction of the mean, and not the mean of the
+    directions.
     """
 
     def __init__(self, width, kind="mean", decay=0.99):
@@ -167,12 +169,12 @@ def gram_loss(t, s, reading="unit"):
     return total / max(len(pairs), 1)
 
 
-def total_loss(distill, anchor=0, gram=0, lam=LAM):
+def total_loss(l_distill, l_anchor=0, l_gram=0, lam=LAM):
     """Eq. 6: L = L_distill + lambda (L_anchor + L_Gram).
 
     Scalars -> scalar; 0 stands for a term that is left out.
     """
-    return distill + lam * (anchor + gram)
+    return l_distill + lam * (l_anchor + l_gram)
 
 
 def score_a(t_cls, s_cls, anchor, reading="unit"):
@@ -250,13 +252,14 @@ class Distillation(nn.Module):
     pos_embed: "copy" is strategy 2 of Fig. 7, the method's: the teacher's position embedding,
         frozen. "learn" is strategy 1: the student trains it like its other weights.
     anchor: see `Anchor`. without: terms of Eq. 6 to leave out, "anchor" or "gram", for ablations.
-    precision: "bf16" runs both networks under autocast; weights, losses, scores stay float32, and
-        what vit.py keeps out of autocast. "tf32" is a setting of CUDA, see `runs.set_tf32`.
+    precision: "bf16" runs both networks under autocast, but for the patch projection (see
+        `vit.PatchEmbed`). Weights are float32; losses and scores are computed in float32 from the
+        features. "tf32" is a setting of CUDA, see `runs.set_tf32`.
 
     `calibrate` sets the rest, by normal images. delta: the threshold of Eq. 10. heat_scale: two
     values, the median heat of all patches, and the `threshold` of the images' largest heats.
-    normal: see `Normal`; None with fewer than `FEW` images. Before, it is None, and the others are
-    NaN.
+    normal: a `Standardiser`; None with fewer than `FEW` images. Before, it is None, and the others
+    are NaN.
     """
 
     def __init__(
@@ -303,8 +306,12 @@ class Distillation(nn.Module):
             like = {c: state.get(f"normal.mean_{c}", self.delta) for c in self.layers}
             mean = {c: torch.empty_like(x) for c, x in like.items()}
             std = {c: torch.empty_like(x) for c, x in like.items()}
-            self.normal = Normal(mean, std, torch.empty_like(self.delta))
+            self.normal = Standardiser(mean, std, torch.empty_like(self.delta))
+        # The teacher's own tensors are added, so that `strict` speaks of the others alone.
         teacher = {f"teacher.{key}": value for key, value in self.teacher.state_dict().items()}
+        foreign = sorted(teacher.keys() & state.keys())
+        if foreign:
+            raise RuntimeError(f"expected no tensor of the teacher, got {foreign[0]}")
         self.load_state_dict({**teacher, **state}, strict=True)
 
     def features(self, vit, images):
@@ -339,7 +346,9 @@ class Distillation(nn.Module):
             terms["anchor"] = anchor_loss(s_cls, self.anchor.value, self.reading)
         if "gram" not in self.without:
             terms["gram"] = gram_loss(t, s, self.reading)
-        return {"loss": total_loss(**terms, lam=self.lam), **terms}
+        l_anchor = terms.get("anchor", 0)
+        l_gram = terms.get("gram", 0)
+        return {"loss": total_loss(terms["distill"], l_anchor, l_gram, self.lam), **terms}
 
     @torch.no_grad()
     def compare(self, images, t=None):
@@ -367,7 +376,7 @@ class Distillation(nn.Module):
 
         "score" = "score_d" + ("score_a_teacher" + "score_a_student"). "score_d_cls" is the class
         tokens' share of score_d. "heat" (B, P) has a number per patch. "score_d_standardised" is
-        beside them where there is a `Normal`. t = teacher_features(images), if known.
+        beside them where there is a `Standardiser`. t = teacher_features(images), if known.
         """
         return self.scores_of(*self.compare(images, t))
 
@@ -384,7 +393,7 @@ class Distillation(nn.Module):
             "heat": heat(diffs),
         }
         if self.normal is not None:
-            scores["score_d_standardised"] = self.normal.score_d(diffs, self.top_k)
+            scores["score_d_standardised"] = self.normal.standardised_score_d(diffs, self.top_k)
         return scores
 
     def calibrate(self, diffs, terms_of_s_a):
@@ -398,7 +407,7 @@ class Distillation(nn.Module):
         hottest = threshold(scores["heat"].amax(dim=1))
         self.heat_scale.copy_(torch.stack([usual, hottest]))
         enough = len(scores["score"]) >= FEW
-        self.normal = Normal.of(diffs, self.top_k) if enough else None
+        self.normal = Standardiser.of(diffs, self.top_k) if enough else None
         return scores
 
 
@@ -422,11 +431,11 @@ def heat(diffs):
     return sum(maps).flatten(1)
 
 
-class Normal(nn.Module):
-    """Mean and standard deviation of Diff (Eq. 8) over normal images. They standardise Diff.
+class Standardiser(nn.Module):
+    """Standardises Diff (Eq. 8) by its mean and standard deviation over normal images.
 
-    mean, std: {c: (1 + P,)}, of each position of each layer. delta: Eq. 10's, for S_D of the
-    standardised Diff.
+    mean, std: {c: (1 + P,)}, of each position of each layer. delta: the `threshold` of
+    `standardised_score_d`, as the model's delta is of Eq. 10.
     """
 
     def __init__(self, mean, std, delta):
@@ -438,7 +447,7 @@ class Normal(nn.Module):
 
     @classmethod
     def of(cls, diffs, top_k=TOP_K):
-        """{c: Diff_c (n, 1 + P)} of normal images, n > 2 -> a Normal.
+        """{c: Diff_c (n, 1 + P)} of normal images, n > 2 -> a Standardiser.
 
         delta is the `threshold` of their scores, each by the mean and std of the n - 1 others.
         These follow from those of all: mean_i = mean - own / (n - 1), and var_i = ((n - 1) var -
@@ -456,7 +465,7 @@ class Normal(nn.Module):
         scores = score_d(deviations, top_k)
         return cls(mean, std, threshold(scores).float())
 
-    def score_d(self, diffs, top_k=TOP_K):
+    def standardised_score_d(self, diffs, top_k=TOP_K):
         """Eq. 9 of (Diff - mean) / std: {c: Diff_c (B, 1 + P)} -> (B,).
 
         On every normal image some positions are farther from the teacher than others. Here each is

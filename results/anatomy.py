@@ -5,7 +5,7 @@
 
 prints a Markdown table with a column per run, on the complete test split. It has the image AUROC in
 % of variants of the score: single layers, class token and patches, other k of Eq. 9, other weights
-of S_A, S_D standardised (vitad.Normal) by the normal images that training held out.
+of S_A, S_D standardised (vitad.Standardiser) by the normal images that training held out.
 Where there are masks, it has how much of the k hottest patches of Eq. 9 lies on the defect.
 
 Of runs that differ in the seed alone, a line has the AUROC of their mean score: what is left when
@@ -33,7 +33,7 @@ import runs
 from data import test_split, train_split
 from evaluate import auroc, find_runs
 from train import hold_out
-from vitad import FEW, Normal, mean_and_std, score_d
+from vitad import FEW, Standardiser, mean_and_std, score_d
 
 SCORE = "S_D + S_A (Eq. 10)"
 
@@ -85,7 +85,7 @@ def held_out_diffs(run, model, config):
 
 
 def per_layer(diffs):
-    """A Normal with the same mean and deviation at all patches of a layer.
+    """A Standardiser with the same mean and deviation at all patches of a layer.
 
     diffs: of normal images, {c: (n, 1 + P)}. The class tokens keep their own.
     """
@@ -93,7 +93,7 @@ def per_layer(diffs):
     for c, d in diffs.items():
         mean[c][1:] = d[:, 1:].mean()
         std[c][1:] = d[:, 1:].std()
-    return Normal(mean, std, torch.tensor(math.nan))
+    return Standardiser(mean, std, torch.tensor(math.nan))
 
 
 def noise(diffs):
@@ -140,9 +140,9 @@ def column(settings, model, normal):
     diffs, s_a = score_parts(model, split.images)
     scores = variants(diffs, s_a, model.top_k)
     if normal is not None and len(normal[model.layers[0]]) >= FEW:
-        both = Normal.of(normal, model.top_k)
+        both = Standardiser.of(normal, model.top_k)
         for name, one in (("layer", per_layer(normal)), ("layer and position", both)):
-            scores[f"S_D, standardised per {name}"] = one.score_d(diffs, model.top_k)
+            scores[f"S_D, standardised per {name}"] = one.standardised_score_d(diffs, model.top_k)
     numbers = {name: auroc(values, split.labels) for name, values in scores.items()}
     if split.masks is not None:
         anomalous = torch.tensor(split.labels) == 1

@@ -31,7 +31,7 @@ COLUMNS = {  # of a table: the key in result.json
 EXPLANATION = {  # what a table says of itself: always, or where it has the column
     "AUROC": "Image AUROC in %, last epoch; mean ± standard deviation over the seeds.",
     "S_D": "S_D, S_A, and the teacher's term of S_A, which needs no training: of these alone.",
-    "S_D standardised": "S_D standardised (vitad.Normal) is not the paper's.",
+    "S_D standardised": "S_D standardised (vitad.Standardiser) is not the paper's.",
     "nearest patch": "Nearest patch: the same teacher without a student, by nearest.py.",
 }
 ORIGIN = """\

@@ -383,7 +383,7 @@ def test_standardised_per_layer():
     test = {3: torch.tensor([[5.0, 8.0, 8.0]]), 6: torch.tensor([[6.0, 9.0, 9.0]])}
     patches = normal[3][:, 1:]
     expected = 2 * (1 + (8 - patches.mean()) / patches.std())
-    score = anatomy.per_layer(normal).score_d(test, 2)
+    score = anatomy.per_layer(normal).standardised_score_d(test, 2)
     torch.testing.assert_close(score, expected[None])
 
 

@@ -567,7 +567,7 @@ def test_standardised_scores(world, tmp_path):
     model = runs.load(run)
     images = data.train_split("folder", own, "own").images
     index = train.hold_out(train.Settings(dataset="folder", category="own", holdout=0.5), 10)[1]
-    expected = vitad.Normal.of(model.compare(images[index])[0])
+    expected = vitad.Standardiser.of(model.compare(images[index])[0])
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(model.normal.state_dict()[name], value, rtol=1e-3, atol=1e-5)
 

@@ -432,7 +432,7 @@ def test_standardised_score():
     model = distillation(top_k=3).double()
     zeros = (torch.zeros(6), torch.zeros(6))
     model.calibrate({c: d[:6] for c, d in diffs.items()}, zeros)
-    score = model.normal.score_d({c: d[6:] for c, d in diffs.items()}, 3)
+    score = model.normal.standardised_score_d({c: d[6:] for c, d in diffs.items()}, 3)
     expected = [naive_standardised(image, normals, 3) for image in test]
     assert score.tolist() == pytest.approx(expected)
     of_normals = [
@@ -446,21 +446,21 @@ def test_standardised_score():
     assert model.normal is None  # too few to know a deviation
 
     same = {3: torch.ones(5, 10), 11: torch.ones(5, 5)}  # no deviation at all
-    assert vitad.Normal.of(same, 3).score_d(same, 3).tolist() == [0] * 5
+    assert vitad.Standardiser.of(same, 3).standardised_score_d(same, 3).tolist() == [0] * 5
 
 
 def test_delta_standardised_does_not_see_the_scale():
     d = torch.rand(6, 30, generator=torch.Generator().manual_seed(0)).double()
-    delta = vitad.Normal.of({3: d}).delta.item()
-    assert vitad.Normal.of({3: 1e-4 * d}).delta.item() == pytest.approx(delta, rel=1e-5)
+    delta = vitad.Standardiser.of({3: d}).delta.item()
+    assert vitad.Standardiser.of({3: 1e-4 * d}).delta.item() == pytest.approx(delta, rel=1e-5)
 
 
 def test_delta_standardised_is_computed_in_float64():
     """Beside an image far off, the variance of the others is a small difference."""
     d = 0.01 * torch.rand(6, 30, generator=torch.Generator().manual_seed(0))
     d[0] += 30
-    delta = vitad.Normal.of({3: d.double()}).delta.item()
-    assert vitad.Normal.of({3: d}).delta.item() == pytest.approx(delta, rel=1e-5)
+    delta = vitad.Standardiser.of({3: d.double()}).delta.item()
+    assert vitad.Standardiser.of({3: d}).delta.item() == pytest.approx(delta, rel=1e-5)
 
 
 def test_learned_state_carries_all_that_scoring_needs():
@@ -472,7 +472,7 @@ def test_learned_state_carries_all_that_scoring_needs():
     other.load_learned_state(model.learned_state())  # a run that too few images calibrated
     assert other.normal is None
     diffs, _ = model.compare_all([IMAGES] * vitad.FEW)
-    model.normal = vitad.Normal.of(diffs)
+    model.normal = vitad.Standardiser.of(diffs)
     state = model.learned_state()
     assert not any(key.startswith("teacher.") for key in state)
     other.load_learned_state(state)
@@ -481,6 +481,8 @@ def test_learned_state_carries_all_that_scoring_needs():
     assert scores.keys() == expected.keys() and "score_d_standardised" in scores
     for name, value in expected.items():
         assert torch.equal(scores[name], value), name
+    with pytest.raises(RuntimeError, match="no tensor of the teacher, got teacher.cls_token"):
+        other.load_learned_state({**state, "teacher.cls_token": torch.zeros(1, 1, 4)})
     del state["anchor.running"]
     with pytest.raises(RuntimeError, match="anchor.running"):
         other.load_learned_state(state)
