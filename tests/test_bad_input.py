@@ -690,6 +690,12 @@ RUNS = [
     ),
     (
         "evaluate",
+        tensors(f"{RUN}/model.safetensors", teacher__cls_token=ANCHOR),
+        "",
+        "model.safetensors: expected the student ... (expected no tensor of the teacher",
+    ),
+    (
+        "evaluate",
         tensors(f"{RUN}/model.safetensors", delta=NAN),
         f"--images {GOOD}",
         f"{RUN}/model.safetensors: expected finite weights, got nan in delta: train the run again",
