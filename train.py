@@ -609,8 +609,8 @@ def peak_learning_rates(settings, width):
     """-> the optimiser's, and with Muon that of the rest, which AdamW trains (else None).
 
     Beyond NARROW they fall with the width, since a wider layer sums over more inputs: AdamW's with
-    the width, Muon's with its root. The rest has Muon's rate up to NARROW and AdamW's beyond, an
-    eighth of it there (results/recipe.md, "Width of the teacher").
+    the width, Muon's with its root. The rest has Muon's rate up to NARROW and AdamW's beyond. So it
+    drops to an eighth just past NARROW (results/recipe.md, "Width of the teacher").
     """
     adamw = ADAMW_LR * min(1, NARROW / width)  # AdamW moves each weight by about the learning rate
     if settings.optimizer != "muon":

@@ -307,7 +307,8 @@ class Distillation(nn.Module):
             mean = {c: torch.empty_like(x) for c, x in like.items()}
             std = {c: torch.empty_like(x) for c, x in like.items()}
             self.normal = Standardiser(mean, std, torch.empty_like(self.delta))
-        # The teacher's own tensors are added, so that `strict` speaks of the others alone.
+        # The teacher is not in the file. Its tensors are added here, so that `strict` complains of
+        # missing or unknown others alone.
         teacher = {f"teacher.{key}": value for key, value in self.teacher.state_dict().items()}
         foreign = sorted(teacher.keys() & state.keys())
         if foreign:
