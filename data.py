@@ -192,7 +192,7 @@ def test_split(dataset, root, category, size=224, skip_bad=False):
     if dataset in SMALL:
         return small_split(dataset, root, category, train=False)
     folder = category_folder(dataset, root, category)
-    kinds = sorted(path for path in folder.glob("test/*") if path.is_dir())
+    kinds = sorted(path for path in folder.glob("test/[!.]*") if path.is_dir())
     if not kinds:
         raise UserError(
             f"{folder / 'test'}: expected folders of test images, good and one per kind of defect, "
@@ -326,8 +326,11 @@ def category_folder(dataset, root, category):
 
 
 def images_in(folder):
-    """The image files of a folder, sorted by name, so that no file system decides their order."""
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    """The image files of a folder, sorted by name, so that no file system decides their order.
+
+    Hidden ones, as macOS and notebooks leave them, are not taken.
+    """
+    paths = sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(f"{folder}: expected images ({suffixes}), got none")
@@ -383,9 +386,14 @@ def read_masks(folder, paths, size):
 
 
 def image_size(path):
-    """(width, height) of an image file upright, from its header; None if it does not open."""
+    """(width, height) of an image file upright; None if it does not open.
+
+    Read from the file's header, but for TIFF.
+    """
     try:
         with open_image(path) as image:
+            if image.format == "TIFF":
+                image.load()  # turns `size` too, which some versions of Pillow do before
             # Of a PNG without EXIF before its pixels, Pillow would decode all to look behind them.
             cheap = image.format != "PNG" or "exif" in image.info
             orientation = image.getexif().get(ExifTags.Base.Orientation) if cheap else None

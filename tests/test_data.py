@@ -231,12 +231,28 @@ def test_palette(tmp_path):
     assert (data.read_image(tmp_path / "image.png", 8) == colours).all()
 
 
-def test_exif_rotation_is_applied(tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_exif_rotation_is_applied(tmp_path, suffix):
     exif = Image.Exif()
     exif[274] = 6  # the camera was held upright: turn by 90 degrees to show
+    path = tmp_path / f"image.{suffix}"
     grey = Image.fromarray(np.repeat(RAMP[..., None], 3, axis=2))
-    grey.save(tmp_path / "image.png", exif=exif)
-    assert (data.read_image(tmp_path / "image.png", 8)[..., 0] == np.rot90(RAMP, -1)).all()
+    grey.save(path, exif=exif)
+    assert (data.read_image(path, 8)[..., 0] == np.rot90(RAMP, -1)).all()
+    Image.new("RGB", (40, 30)).save(path, exif=exif)
+    assert data.image_size(path) == (30, 40)
+
+
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    folder = make_category(tmp_path / "own")
+    before = len(data.train_files("folder", folder, "own")[1])
+    names = data.test_split("folder", folder, "own", 32).names
+    (folder / "train/good/._000.png").write_bytes(b"left by macOS")
+    hidden = folder / "test/.ipynb_checkpoints"
+    hidden.mkdir()
+    Image.new("RGB", (40, 30)).save(hidden / "000-checkpoint.png")
+    assert len(data.train_files("folder", folder, "own")[1]) == before
+    assert data.test_split("folder", folder, "own", 32).names == names
 
 
 @pytest.mark.parametrize(
