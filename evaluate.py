@@ -6,9 +6,9 @@
     python evaluate.py RUN --images FILE_OR_FOLDER ...  # other pictures: score, delta, verdict
     python evaluate.py RUN --heatmaps DIR               # where the score comes from, as pictures
 
-It prints the mistakes at delta by kind of defect, and a table per data set with the paper's AUROC
-beside ours. Each run folder gets scores.csv (a line per image: raw scores, higher = more anomalous)
-and result.json.
+It prints the mistakes at delta by kind of defect, and a table per data set and teacher with the
+paper's AUROC beside ours. Each run folder gets scores.csv (a line per image: raw scores, higher =
+more anomalous) and result.json.
 
 Columns, in %:
     AUROC         of the score S_D + S_A, Eq. 10
@@ -428,9 +428,9 @@ def decode_pictures(files, size, skip_bad):
 
 
 def table(results):
-    """The results of one data set as text: a row per run, and the mean over the categories.
+    """The results of one data set and teacher as text: a row per run, and the mean.
 
-    A category counts once, with the mean of its seeds.
+    The mean is over the categories; each counts once, with the mean of its seeds.
     """
     columns = {
         "AUROC": "auroc",
@@ -478,18 +478,18 @@ def mistakes(result):
 
 
 def print_results(results):
-    """The mistakes and the table of each data set, then the files that were skipped."""
-    by_dataset = {}
+    """The mistakes and the table of each data set and teacher, then the files that were skipped."""
+    groups = {}
     for result in results:
-        by_dataset.setdefault(result["dataset"], []).append(result)
-    for dataset, rows in by_dataset.items():
+        key = result["dataset"], str(result["teacher"]), result["teacher_sha256"]
+        groups.setdefault(key, []).append(result)
+    for (dataset, teacher, _), rows in groups.items():
         order = [*CATEGORIES[dataset], *(row["category"] for row in rows)]
         rows.sort(key=lambda row, order=order: (order.index(row["category"]), row["seed"]))
-        teachers = sorted({str(row["teacher"]) for row in rows})
         print("\n".join(map(mistakes, rows)))
-        print(f"{dataset}: image AUROC in %, last epoch, teacher {', '.join(teachers)}")
+        print(f"{dataset}: image AUROC in %, last epoch, teacher {teacher}")
         print(table(rows))
-    for rows in by_dataset.values():
+    for rows in groups.values():
         for reason in itertools.chain.from_iterable(row["skipped"] for row in rows):
             print(f"skipped: {reason}", file=sys.stderr)
 

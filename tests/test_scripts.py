@@ -847,19 +847,33 @@ def test_table_means_over_categories_each_the_mean_of_its_seeds():
     assert unknown.split() == ["mean"] + ["n/a"] * 5
 
 
+def printed_result(dataset, category, seed, teacher="0", auroc=0.0):
+    """What `evaluate.print_results` needs of a result."""
+    numbers = ("delta", "false_alarms", "misses", "n_normal", "n_anomalous")
+    return {
+        **dict.fromkeys(numbers, 0.0),
+        **{"dataset": dataset, "category": category, "seed": seed, "auroc": auroc},
+        **{"teacher": "tiny", "teacher_sha256": teacher, "misses_by_kind": {}, "skipped": []},
+    }
+
+
+def test_runs_of_two_teachers_have_no_common_mean(capsys):
+    evaluate.print_results(
+        [
+            printed_result("mvtec", "pill", 0, teacher="a", auroc=80.0),
+            printed_result("mvtec", "bottle", 0, teacher="b", auroc=100.0),
+        ]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    means = [line.split()[1] for line in lines if line.startswith("mean")]
+    assert means == ["80.00", "100.00"]
+
+
 def test_runs_of_a_category_stand_together(capsys):
     """In the protocol's order; own folders in the order of their first runs."""
-    numbers = ("auroc", "delta", "false_alarms", "misses", "n_normal", "n_anomalous")
 
     def printed(dataset, *runs_in_order):
-        rows = [
-            {
-                **dict.fromkeys(numbers, 0.0),
-                **{"dataset": dataset, "category": category, "seed": seed},
-                **{"teacher": "tiny", "misses_by_kind": {}, "skipped": []},
-            }
-            for category, seed in runs_in_order
-        ]
+        rows = [printed_result(dataset, category, seed) for category, seed in runs_in_order]
         evaluate.print_results(rows)
         lines = capsys.readouterr().out.splitlines()
         return [tuple(line.split()[:2]) for line in lines[-1 - len(rows) : -1]]
