@@ -15,6 +15,7 @@ import datetime
 import errno
 import functools
 import importlib.metadata
+import io
 import json
 import math
 import operator
@@ -27,6 +28,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 try:
@@ -81,7 +83,7 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM ended the training, after its step and with a checkpoint."""
+    """Ctrl-C or SIGTERM ended the training: after a step, with a checkpoint, or after a run."""
 
     def __init__(self, number, text):
         super().__init__(text)
@@ -103,11 +105,14 @@ class Parser(argparse.ArgumentParser):
 def script(main):
     """Decorates `main(argv) -> exit code or None`: errors that the user can fix exit with code 2.
 
-    They are UserErrors, and OSErrors such as a full disk. Each is one sentence on stderr.
+    They are UserErrors, and OSErrors such as a full disk. Each is one sentence on stderr. A name
+    that stdout cannot encode is escaped, as on stderr.
     """
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             arguments = sys.argv[1:] if argv is None else [str(part) for part in argv]
             return main(arguments) or 0
@@ -146,6 +151,8 @@ def complain(error):
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename or 'writing'}: {error.strerror}"
+    if sys.stderr.isatty():
+        print("\033[K", end="", file=sys.stderr)  # clears the line of progress of train.py
     print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
 
 
@@ -384,7 +391,10 @@ def one_at_a_time(name):
 
 def cache_folder():
     """What may be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitad"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):  # a user without a home, as in a container
+        cache = tempfile.gettempdir()
+    return Path(cache) / "vitad"
 
 
 def is_locked(run):

@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 
 import runs
-from data import CATEGORIES, find_category, slug, train_files, train_split
+from data import CATEGORIES, check_name, find_category, slug, train_files, train_split
 from runs import CHOICES, UserError
 from vitad import FEW, LAM, LAYERS, TOP_K
 from weights.download import ensure_weights
@@ -245,6 +245,7 @@ def resolve_category(settings):
         if not settings.data_root:
             raise UserError("--data-root: expected the folder that holds train/good, got none")
         name = Path(os.path.realpath(settings.data_root)).name
+        check_name(name)
         if category not in (None, name):
             raise UserError(
                 f"--category: expected none with --dataset folder, whose category is the folder's "
@@ -282,6 +283,9 @@ def train(settings, teacher, device, resume, runs_after):
             state = training.model.learned_state()
             runs.write_tensors(training.folder / "model.safetensors", state)
             training.checkpoint.unlink(missing_ok=True)
+    except OSError as error:
+        error.filename = error.filename or str(run_folder(settings))  # a full disk names no file
+        raise
     except (RuntimeError, MemoryError) as error:
         if not runs.is_out_of_memory(error):
             raise
@@ -1029,7 +1033,7 @@ class Progress:
         held_out = f" held out {self.held_out:.4f}" if self.held_out is not None else ""
         line = f"{self.line}{held_out} {self.speed}"
         if sys.stdout.isatty():
-            print(f"\r\033[K{line}", end="\n" if ended else "", flush=True)
+            print(f"\033[K{line}", end="\n" if ended else "\r", flush=True)
         elif epoch_ends:
             print(line, flush=True)
 

@@ -258,8 +258,8 @@ class Distillation(nn.Module):
 
     `calibrate` sets the rest, by normal images. delta: the threshold of Eq. 10. heat_scale: two
     values, the median heat of all patches, and the `threshold` of the images' largest heats.
-    normal: a `Standardiser`; None with fewer than `FEW` images. Before, it is None, and the others
-    are NaN.
+    normal: a `Standardiser`; None with fewer than `FEW` images. Until then normal is None, and
+    delta and heat_scale are NaN.
     """
 
     def __init__(

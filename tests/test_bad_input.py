@@ -6,12 +6,15 @@ teacher, a scored run and a halted one.
 """
 
 import contextlib
+import io
 import json
 import os
 import resource
 import shlex
 import shutil
 import signal
+import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import evaluate
+import runs
 import train
 from ablations import run as ablations
 from conftest import assert_one_sentence, call, make_category, save_vit, tiny_vit
@@ -1027,6 +1031,7 @@ FULL = [  # the same columns, then the size of the largest file, and the files t
     ("train", None, "", "new/folder/bottle/seed0/config.json: File too large", 300, ()),
     ("train", None, "--checkpoint-every 0", "checkpoint.safetensors: ", 90_000, BEGUN),
     ("train", None, "", "seed0/model.safetensors: ", 90_000, BEGUN),
+    ("train", None, "--epochs 60", "new/folder/bottle/seed0: File too large", 6000, BEGUN),
     ("train", None, "--cache disk", "seed0, --cache disk: File too large", 9_000, ()),
     ("again", None, "--overwrite", f"{RUN}/config.json: File too large", 300, ()),
     ("again", None, "--overwrite --cache disk", "--cache disk: File too large", 9_000, ()),
@@ -1058,6 +1063,35 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(copied, row):
 
 
 # ---------------------------------------------------------------------- what is odd and no mistake
+
+
+def test_a_folder_whose_name_is_not_utf8(tmp_path):
+    folder = make_category(tmp_path / os.fsdecode(b"te\xe4l"))
+    result = call(train.main, "--dataset", "folder", "--data-root", folder)
+    assert_one_sentence(result, "te\udce4l: expected a name in UTF-8, got another: rename it")
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert runs.script(lambda argv: print("\u03a9.png"))([]) == 0
+    out.flush()
+    assert out.buffer.getvalue() == b"\\u03a9.png\n"
+
+
+def test_an_error_clears_the_line_of_progress(monkeypatch):
+    errors = io.StringIO()
+    errors.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", errors)
+    runs.complain(runs.UserError("expected a disk with room"))
+    assert errors.getvalue().startswith("\033[K")
+
+
+def test_a_user_without_a_home(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it then answers
+    assert runs.cache_folder() == Path(tempfile.gettempdir()) / "vitad"
 
 
 def test_pictures_of_every_kind_train_and_score_without_a_word(copied):
