@@ -184,8 +184,6 @@ def train_files(dataset, root, category):
 
 def test_split(dataset, root, category, size=224, skip_bad=False):
     """The labelled test images of a run. skip_bad leaves out files that do not decode."""
-    if dataset not in CATEGORIES:
-        raise UserError(f"dataset: expected one of {', '.join(CATEGORIES)}, got {dataset!r}")
     check_place(dataset, root, category)
     if dataset == "demo":
         return demo_split(train=False)
@@ -224,7 +222,9 @@ def test_split(dataset, root, category, size=224, skip_bad=False):
 
 
 def check_place(dataset, root, category):
-    """Refuse a category or folder that cannot be: config.json may have been edited."""
+    """Refuse what cannot be: config.json may have been edited."""
+    if dataset not in CATEGORIES:
+        raise UserError(f"dataset: expected one of {', '.join(CATEGORIES)}, got {dataset!r}")
     if CATEGORIES[dataset] and category not in CATEGORIES[dataset]:
         raise UserError(f"category: expected one of {dataset}, got {category!r}")
     if root is None and dataset != "demo":

@@ -243,13 +243,14 @@ def atomic(path):
         error.filename = str(path)  # a write that fails does not know its file
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its error would hide the one that matters
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
-    """A text file, whole or not at all."""
+    """A text file, whole or not at all. What of a name is not UTF-8 is escaped."""
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_tensors(path, tensors, metadata=None):
@@ -270,7 +271,7 @@ def read_text(path):
 def read_json(path, expected):
     """A JSON object from a file that this repository wrote. expected: see `check_values`."""
     try:
-        values = json.loads(read_text(path))
+        values = json.loads(read_text(path), parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: expected a JSON object, got a file that does not read as one ({error}): "
@@ -280,6 +281,11 @@ def read_json(path, expected):
         raise UserError(f"{path}: expected a JSON object, got another value: make it again")
     check_values(path, values, expected)
     return values
+
+
+def refuse_constant(text):
+    """NaN and Infinity, which are no JSON and which no number of ours is."""
+    raise ValueError(f"{text} is no number")
 
 
 def check_values(path, values, expected):
@@ -311,7 +317,10 @@ def read_csv(path, columns):
 
 def write_csv(path, columns, rows):
     """A table of dicts, whole or not at all."""
-    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with (
+        atomic(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -574,6 +583,7 @@ def save_checkpoint(path, model, optimizers, step, *, settings):
 
 def load_checkpoint(path, model, optimizers, *, settings):
     """The inverse of `save_checkpoint`; -> step."""
+    path.open("rb").close()  # safetensors says of one that may not be read that there is none
     try:
         with safe_open(path, framework="pt") as file:
             before = json.loads((file.metadata() or {}).get("settings", "{}"))
@@ -673,6 +683,7 @@ def load(run, weights=None, device=None, precision="fp32", teacher=None):
     check_teacher(config["settings"], teacher, lambda name: f"{run}/config.json: {name}")
     model = build(teacher, config["settings"], precision)
     path = Path(run) / "model.safetensors"
+    path.open("rb").close()  # as in `load_checkpoint`
     try:
         tensors = load_file(path)
         model.load_learned_state(tensors)

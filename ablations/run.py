@@ -245,16 +245,17 @@ def csv_rows(name, results):
 def read_csv(figure, request):
     """The rows of a figure's CSV for what is asked for; none if one of its runs is missing."""
     path = request.results / f"figure_{figure}.csv"
-    wanted = set(itertools.product(request.categories, map(str, request.seeds)))
+    variants = [name for name, _ in FIGURES[figure].variants]
+    wanted = set(itertools.product(variants, request.categories, map(str, request.seeds)))
     if not path.is_file():
         return []
     rows = runs.read_csv(path, COLUMNS)
-    rows = [r for r in rows if (r["category"], r["seed"]) in wanted]
+    rows = [r for r in rows if (r["variant"], r["category"], r["seed"]) in wanted]
     for r in rows:
         if not runs.is_number(r["value"]):
             raise UserError(f"{path}: expected numbers as value, got {r['value']!r}: make it again")
-    complete = len(rows) == len(wanted) * len(FIGURES[figure].variants)
-    return rows if complete else []
+    found = sorted((r["variant"], r["category"], r["seed"]) for r in rows)
+    return rows if found == sorted(wanted) else []  # each once
 
 
 def refuse_to_lose(path, request):

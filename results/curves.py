@@ -61,9 +61,8 @@ def rows_of(run):
     path = Path(run) / "config.json"
     runs.check_values(path, config, {"lr": float, "epochs": int})
     numbers = {"batch_size": int, "weight_decay": float, "holdout": float, "warmup": int}
-    runs.check_values(
-        path, config["settings"], {"optimizer": list(COLOURS), "decay": str, **numbers}
-    )
+    texts = {"optimizer": list(COLOURS), "decay": str, "precision": str}
+    runs.check_values(path, config["settings"], {**texts, **numbers})
     if config["settings"]["layers"] != BLOCKS:
         layers = ",".join(map(str, config["settings"]["layers"]))
         raise UserError(f"{run}: expected a run with --layers 3,6,9,11, got {layers}")

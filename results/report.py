@@ -215,19 +215,29 @@ def report(folder, run_folders):
     new = {}
     for run in run_folders:
         result = read_result(run / "result.json")
-        name = f"{slug(result['category'])}_seed{result['seed']}.json"
-        target = folder / result["dataset"] / name
+        target = folder / place(result)
         if target in new and new[target].parent != run:  # the same one may be named twice
             raise UserError(
                 f"{run}: expected one run of a category and seed, got {new[target].parent} "
                 f"too: name the runs, or give each its own --report"
             )
         new[target] = run / "result.json"
+        if target.is_file() and read_result(target)["category"] != result["category"]:
+            raise UserError(
+                f"{target}: expected the result of {result['category']}, got that of another "
+                f"category with the same file's name: give each its own --report"
+            )
     sources = {path: path for path in folder.glob("*/*.json")} | new
     tables, charts = {}, {}
     for dataset in sorted({path.parent for path in sources}):
         kept = sorted(path for path in sources if path.parent == dataset)
         results = [read_result(sources[path]) for path in kept]
+        for path, result in zip(kept, results, strict=True):
+            if path != folder / place(result):
+                raise UserError(
+                    f"{path}: expected the result of this name, got that of {place(result)}: "
+                    f"remove it, or rename it to that"
+                )
         nearest = read_nearest(dataset)
         check_one_teacher(dataset, results + nearest)
         tables[dataset.with_suffix(".md")] = table(results, nearest)
@@ -241,6 +251,11 @@ def report(folder, run_folders):
         else:
             runs.write_text(path, text)
     return list(tables)
+
+
+def place(result):
+    """Where a result lies below a folder of results."""
+    return Path(result["dataset"], f"{slug(result['category'])}_seed{result['seed']}.json")
 
 
 def read_nearest(folder):

@@ -199,6 +199,14 @@ def test_figure_5_is_made_of_the_tables_of_others(tmp_path):
     assert run.read_csv(*request("0,1")) == made
     assert run.read_csv(*request("0,2")) == []  # a run is missing
 
+    path = tmp_path / "figure_5.csv"
+    whole = path.read_text()
+    name, other = (name for name, _ in FIGURES["5"].variants[:2])
+    for changed in (whole.replace(f"{name},", "X,"), whole.replace(f"{name},", f"{other},")):
+        assert changed != whole
+        path.write_text(changed)
+        assert run.read_csv(*request("0,1")) == []  # as many rows, but not of each variant
+
 
 @pytest.mark.parametrize(
     "path",

@@ -6,6 +6,7 @@ teacher, a scored run and a halted one.
 """
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -507,6 +508,12 @@ TEACHERS = [
     ("figure", None, f"--figure 3c --resnet18 {TEACHER}", "torchvision's resnet18: expected ... c"),
     ("figure", None, "--figure 3b --vgg16 ''", "expected weights of torchvision's vgg16"),
     ("convert", None, "''", ".: expected a checkpoint file, got no such file"),
+    (
+        "convert",
+        checkpoint("a.pth"),
+        "a.pth --mean 123.7 116.3 103.5 --std .5 .5 .5",
+        "a.pth: --mean: expected numbers on a scale from 0 to 1, got [123.7, 116.3, 103.5]: of",
+    ),
     ("convert", None, f"'{NAME}.pth'", f"{NAME}.pth: expected a checkpoint file, got no such file"),
     ("convert", put("a.pth"), "a.pth", "a.pth: expected a checkpoint of plain tensors"),
     ("convert", put("a.npz", "PK"), "a.npz", "a.npz: expected a checkpoint of plain tensors"),
@@ -797,6 +804,12 @@ RUNS = [
         "",
         "dataset: expected one of cifar10 ... mvtec ... got 'mvtek'",
     ),
+    (
+        "anatomy",
+        in_json(f"{RUN}/config.json", "settings", dataset="mvtek"),
+        RUN,
+        "dataset: expected one of cifar10 ... mvtec ... got 'mvtek'",
+    ),
     ("anatomy", None, "nowhere", "nowhere/config.json: expected a complete run, got none"),
     ("anatomy", None, HALTED, "model.safetensors: expected a complete run, got an unfinished one"),
     (
@@ -812,6 +825,12 @@ RUNS = [
     ("curves", put(f"{RUN}/log.jsonl"), RUN, f"{RUN}: expected a run with --holdout, got no dista"),
     ("curves", cut(f"{RUN}/config.json"), RUN, f"{RUN}/config.json: expected a JSON object, got"),
     ("curves", in_json(f"{RUN}/config.json", lr="x"), RUN, "config.json: expected lr ... got 'x'"),
+    (
+        "curves",
+        in_json(f"{RUN}/config.json", "settings", precision=None),
+        RUN,
+        "config.json: expected precision as str, got none",
+    ),
     (
         "curves",
         put(f"{RUN}/log.jsonl", '{"step": 1, "held_out_mean": 1.0, "held_out": [1]}\n'),
@@ -875,6 +894,12 @@ RESULTS = [
         "a.json: expected dataset ... got",
     ),
     ("evaluate", put("new/folder/a.json"), "--report new", "a.json: expected a JSON object, got"),
+    (
+        "evaluate",
+        in_json(f"{RUN}/result.json", auroc=float("nan")),
+        "--report new",
+        "result.json: expected a JSON object ... (NaN is no number)",
+    ),
     (
         "evaluate",
         in_json(f"{RUN}/result.json", auroc=None),
@@ -1060,6 +1085,33 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(copied, row):
     assert_in_order(words, result.err)
     assert_as_it_was(before, copied, new)
     assert "done;" not in result.out
+
+
+def test_a_file_that_may_not_be_read_is_not_called_broken(copied, monkeypatch):
+    """Else the advice would be to lose it. Root may read all, so the refusal is made here."""
+
+    def refuse(path, *options, **more):
+        if path.name in ("checkpoint.safetensors", "model.safetensors"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return path_open(path, *options, **more)
+
+    path_open = Path.open
+    monkeypatch.setattr(Path, "open", refuse)
+    for script in ("resume", "evaluate"):
+        main, first = SCRIPTS[script]
+        result = call(main, *shlex.split(first), cwd=copied)
+        assert_one_sentence(result, ".safetensors: Permission denied")
+
+
+def test_on_a_read_only_disk_the_file_is_named_and_not_its_temporary_one(tmp_path, monkeypatch):
+    def refuse(path, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError) as caught:
+        runs.write_text(tmp_path / "a.txt", "")
+    assert caught.value.filename == str(tmp_path / "a.txt")
 
 
 # ---------------------------------------------------------------------- what is odd and no mistake

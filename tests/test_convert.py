@@ -325,6 +325,15 @@ def test_heads_option(tmp_path):
     assert_same(converted(tensors, tmp_path / "model.safetensors", heads=2), original)
 
 
+@pytest.mark.parametrize("width", [96, 1280])
+def test_heads_are_not_guessed_where_they_may_not_be_64_wide(tmp_path, width):
+    original = tiny_vit(depth=2, width=width, hidden=8, heads=2)
+    tensors = dict(original.state_dict())
+    with pytest.raises(UserError, match=f"of heads of 64, got {width}: .* as --heads"):
+        converted(tensors, tmp_path / "model.safetensors")
+    assert_same(converted(tensors, tmp_path / "model.safetensors", heads=2), original)
+
+
 def test_metadata_says_where_it_is_from_and_the_bytes_repeat(tmp_path):
     path = tmp_path / "deit_tiny_patch16_224.safetensors"  # a known name: no options needed
     out = tmp_path / "out.safetensors"
@@ -408,6 +417,10 @@ def change_tensors(tensors, kind):
         del tensors["blocks.1.attn.qkv.weight"]
     if kind == "list":
         return [torch.zeros(1)]
+    if kind == "epoch":
+        return {**tensors, "epoch": 3}
+    if kind == "nested":
+        return {"state_dict": {"model": tensors}}
     if kind == "meta":  # a shape without values
         tensors["norm.weight"] = torch.empty(1, device="meta")
     return tensors
@@ -440,6 +453,8 @@ REFUSED = {
     "ours": "a file that vitad wrote",
     "pickle": "expected a checkpoint of plain tensors",
     "list": "expected a dictionary of tensors, got list",
+    "epoch": "expected a dictionary of tensors, got int at 'epoch'",
+    "nested": "expected a dictionary of tensors, got dict at 'model'",
     "meta": "expected tensors with values, got norm.weight without",
     "text": "expected a checkpoint of plain tensors",
     "suffix": "got the suffix '.h5'",
@@ -490,6 +505,24 @@ def test_does_not_overwrite_the_original(tmp_path):
     before = path.read_bytes()
     assert_one_sentence(call(convert.main, path, "--out", path), "--out")
     assert path.read_bytes() == before
+
+
+def test_does_not_overwrite_the_teacher_of_another_original(tmp_path, monkeypatch):
+    """Unless --out names it: Hugging Face has many a model.safetensors."""
+    monkeypatch.setattr(convert, "WEIGHTS", tmp_path)
+    ours = tmp_path / "model.safetensors"
+    first, second = (tmp_path / name / "model.safetensors" for name in ("first", "second"))
+    for seed, path in enumerate((first, second)):
+        path.parent.mkdir()
+        save_file(dict(tiny_vit(seed, **HEAD64).state_dict()), path)
+    assert call(convert.main, first, *MEAN_AND_STD).code == 0
+    before = ours.read_bytes()
+    result = call(convert.main, second, *MEAN_AND_STD)
+    assert_one_sentence(result, f"{ours}: expected no teacher, or one converted from {second}, got")
+    assert ours.read_bytes() == before
+    assert call(convert.main, first, *MEAN_AND_STD).code == 0  # the same again
+    assert call(convert.main, second, *MEAN_AND_STD, "--out", ours).code == 0
+    assert ours.read_bytes() != before
 
 
 # ---------------------------------------------------------------------------- the command line

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -24,7 +25,8 @@ from conftest import (
 )
 from data import CATEGORIES, slug
 from results import anatomy, curves, nearest
-from results.report import cell, chart, paper_auroc, table
+from results.report import cell, chart, paper_auroc, report, table
+from runs import UserError
 from vit import load_vit
 
 FOLDERS = sorted(path for path in (ROOT / "results").glob("*/*/") if list(path.glob("*.json")))
@@ -269,6 +271,41 @@ def test_the_recipes_charts_follow_from_the_table():
         drawn = [row for row in rows if (row["teacher"], row["category"]) == wanted]
         title = f"{category}: distance to the teacher on images held out"
         assert path.read_text() == curves.draw(drawn, title)
+
+
+def kept(path, result):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result))
+    return path
+
+
+@pytest.mark.parametrize("name", ["folder/own_seed1_old.json", "cifar10/own_seed1.json"])
+def test_a_result_lies_where_it_belongs(tmp_path, name):
+    """Else a copy would count twice."""
+    own = result_of("own", 1, 90.0, dataset="folder")
+    kept(tmp_path / "folder/own_seed1.json", own)
+    path = kept(tmp_path / name, own)
+    with pytest.raises(UserError, match=f"^{path}: expected the result of this name, got that of "):
+        report(tmp_path, [])
+    path.unlink()
+    assert report(tmp_path, []) == [tmp_path / "folder.md"]
+
+
+def test_no_result_replaces_that_of_another_category(tmp_path):
+    first, second = (result_of(name, 0, 90.0, dataset="folder") for name in ("part_1", "part 1"))
+    path = kept(tmp_path / "out/folder/part_1_seed0.json", first)
+    kept(tmp_path / "run/result.json", second)
+    with pytest.raises(UserError, match=f"^{path}: expected the result of part 1, got that of ano"):
+        report(tmp_path / "out", [tmp_path / "run"])
+    assert json.loads(path.read_text()) == first
+
+
+def test_a_command_that_is_not_utf8_is_escaped(tmp_path):
+    command = "python evaluate.py --heatmaps " + os.fsdecode(b"maps\xe9")
+    result = result_of("own", 0, 90.0, dataset="folder", command=command)
+    kept(tmp_path / "folder/own_seed0.json", result)
+    report(tmp_path, [])
+    assert "--heatmaps maps\\udce9" in (tmp_path / "folder.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,7 @@ from vit import ACTIVATIONS, IMAGENET_MEAN, IMAGENET_STD, LAYER_NORM_EPS, load_v
 
 IMAGE_SIZE = 224
 CLIP_EPS = 1e-5  # LayerNorm's in CLIP's towers, torch's default
+WIDEST = 1024  # of public ViTs whose heads are 64 wide: ViT-L's. ViT-H's are 80, ViT-g's 88 wide
 
 # ------------------------------------------------------------------------------ known checkpoints
 
@@ -257,15 +258,17 @@ def read_pickle(path):
     for wrapper in ("model", "state_dict", "teacher"):  # DeiT and MAE, many others, DINO in full
         if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
             tensors = tensors[wrapper]
-    plain = isinstance(tensors, dict) and all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()
-    )
-    if not plain:
+    if not isinstance(tensors, dict):
         raise UserError(
             f"{path}: expected a dictionary of tensors, got {type(tensors).__name__}: "
             f"save the model's state_dict"
         )
     for key, value in tensors.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise UserError(
+                f"{path}: expected a dictionary of tensors, got {type(value).__name__} at {key!r}: "
+                f"save the model's state_dict alone"
+            )
         if value.is_meta:
             raise UserError(
                 f"{path}: expected tensors with values, got {key} without: "
@@ -464,6 +467,12 @@ def metadata_of(path, digest, norm_pre, options):
             f"expected a known checkpoint, got {path.name}, sha256 {digest[:12]}...: its card "
             f"says how images were normalised; pass that as --mean R G B --std R G B"
         )
+    for name_of, numbers in (("mean", values["mean"]), ("std", values["std"])):
+        if max(numbers) > 1:
+            raise UserError(
+                f"--{name_of}: expected numbers on a scale from 0 to 1, got {list(numbers)}: "
+                f"of images from 0 to 255 divide them by 255"
+            )
     if norm_pre and "activation" not in values:
         raise UserError(
             "expected a known activation, got a checkpoint with norm_pre of unknown origin: "
@@ -474,6 +483,15 @@ def metadata_of(path, digest, norm_pre, options):
     values["std"] = list(values["std"])
     eps = CLIP_EPS if norm_pre else LAYER_NORM_EPS
     return {**values, "eps": eps, "name": name, "original_sha256": digest}
+
+
+def check_heads(width, metadata):
+    """Refuse to guess the number of heads where public ViTs have none of 64 each."""
+    if "heads" not in metadata and (width > WIDEST or max(width, 64) % 64):
+        raise UserError(
+            f"expected a width up to {WIDEST} of heads of 64, got {width}: "
+            f"its card says how many heads there are (ViT-H 16); pass that as --heads"
+        )
 
 
 def save(path, tensors, metadata, name):
@@ -530,6 +548,7 @@ def convert(
             "license": license,
         }
         metadata = metadata_of(path, digest, "norm_pre.weight" in tensors, options)
+        check_heads(tensors["cls_token"].shape[-1], metadata)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (RuntimeError, LookupError, ZeroDivisionError) as error:
@@ -542,6 +561,25 @@ def convert(
         if check:
             check(vit)
     return [read_line, "; ".join(done), *summary(out, vit)]
+
+
+def refuse_to_lose(out, original):
+    """Refuse to write over the teacher that another original was converted to.
+
+    Many have the same name, like model.safetensors.
+    """
+    if not (out.is_file() and original.is_file()) or out.samefile(original):
+        return
+    try:
+        with safe_open(out, framework="pt") as file:
+            made_of = json.loads(file.metadata()["vitad"]).get("original_sha256")
+    except Exception:  # no file of ours
+        made_of = None
+    if made_of != sha256(original):
+        raise UserError(
+            f"{out}: expected no teacher, or one converted from {original}, got another: "
+            f"choose a name with --out"
+        )
 
 
 def summary(out, vit):
@@ -581,7 +619,10 @@ def main(argv):
     if options["heads"] is not None:
         check_whole("heads", options["heads"], 1)
     file = options.pop("file")
-    out = options.pop("out") or WEIGHTS / f"{file.stem}.safetensors"
+    out = options.pop("out")
+    if out is None:
+        out = WEIGHTS / f"{file.stem}.safetensors"
+        refuse_to_lose(out, file)
     print("\n".join(convert(file, out, **options)))
 
 
