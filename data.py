@@ -170,6 +170,7 @@ def train_split(dataset, root, category, size=224):
     if dataset in SMALL:
         return small_split(dataset, root, category, train=True)
     folder, paths = train_files(dataset, root, category)
+    note_inner_folders(folder / "train" / "good")
     if dataset == "mvtec":
         note_counts(category, {"train/good": len(paths)})
     images, names = decode(folder, paths, size)
@@ -197,6 +198,8 @@ def test_split(dataset, root, category, size=224, skip_bad=False):
             f"got none"
         )
     paths = [path for kind in kinds for path in images_in(kind)]
+    for kind in kinds:
+        note_inner_folders(kind)
     skipped = {}
     if skip_bad:
         with ThreadPoolExecutor() as pool:
@@ -335,6 +338,13 @@ def images_in(folder):
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(f"{folder}: expected images ({suffixes}), got none")
     return paths
+
+
+def note_inner_folders(folder):
+    """A line on stderr of the folders in a folder of images, which are not read."""
+    inner = sorted(path.name for path in folder.glob("[!.]*/"))
+    if inner:
+        print(f"note: {folder}: folders in it are not read: {', '.join(inner)}", file=sys.stderr)
 
 
 def note_counts(category, counts):

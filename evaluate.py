@@ -39,7 +39,16 @@ import torch
 import torch.nn.functional as F
 
 import runs
-from data import CATEGORIES, SMALL, Split, check_name, images_in, read_image, test_split
+from data import (
+    CATEGORIES,
+    SMALL,
+    Split,
+    check_name,
+    images_in,
+    note_inner_folders,
+    read_image,
+    test_split,
+)
 from results import pictures, report
 from runs import UserError
 from vitad import FEW, Distillation
@@ -259,12 +268,15 @@ def score_together(jobs, device, batch_size):
         job.scores = {name: torch.cat([part[name] for part in collected]) for name in collected[0]}
 
 
-def is_scored(run, config):
-    """Whether a run has a result, of the model that is there."""
+def is_scored(run, config, precision):
+    """Whether a run has a result: of the model that is there, in `precision`, of every image."""
     path = run / "result.json"
     if not path.is_file():
         return False
-    return runs.read_json(path, {"trained": dict})["trained"].get("date") == config["date"]
+    result = runs.read_json(path, {"trained": dict})
+    # Before results said their precision, nearly all were scored in float32.
+    made = result["trained"].get("date"), result.get("scored_in", "fp32")
+    return made == (config["date"], precision) and not result.get("skipped")
 
 
 def write_result(scored, device):
@@ -323,6 +335,7 @@ def summarise(scored):
         "n_normal": int((labels == 0).sum()),
         "n_anomalous": int((labels == 1).sum()),
         "skipped": split.skipped,
+        "scored_in": scored.model.precision,
         **at_delta(scores["score"], labels, delta),
         **standardised,
         "misses_by_kind": misses_by_kind,
@@ -377,7 +390,11 @@ def score_pictures(args, run, device, weights):
         column, threshold = "score_d_standardised", deltas["delta_standardised"]
     files = []
     for path in args.images:
-        files.extend(images_in(path) if path.is_dir() else [path])
+        if path.is_dir():
+            files.extend(images_in(path))
+            note_inner_folders(path)
+        else:
+            files.append(path)
     gallery = None
     if args.heatmaps:
         heat_scale = model.heat_scale.tolist()
@@ -579,8 +596,8 @@ def score_runs(args, folders, device, weights):
     """The test splits of runs, from the command line."""
     todo = [(run, runs.read_config(run)) for run in folders]
     drawn = args.heatmaps or args.show_failures or args.plot
-    if args.report and not drawn:
-        todo = [(run, config) for run, config in todo if not is_scored(run, config)]
+    if args.report and not drawn and not args.data_root:
+        todo = [item for item in todo if not is_scored(*item, args.precision)]
     results = []
     for scored in evaluate(
         todo,

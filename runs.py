@@ -151,6 +151,7 @@ def complain(error):
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename or 'writing'}: {error.strerror}"
+    text = " ".join(text.splitlines())  # a name may hold a line's end
     if sys.stderr.isatty():
         print("\033[K", end="", file=sys.stderr)  # clears the line of progress of train.py
     print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
@@ -296,6 +297,7 @@ def check_values(path, values, expected):
             words, holds = f"one of {', '.join(kind)}", value in kind
         else:
             words, holds = getattr(kind, "__name__", str(kind)), isinstance(value, kind)
+            holds = holds and not isinstance(value, bool)  # True is an int to Python
         if name not in values or not holds:
             got = repr(value) if name in values else "none"
             raise UserError(f"{path}: expected {name} as {words}, got {got}: make it again")
@@ -516,7 +518,7 @@ def read_config(run):
     if "precision" in settings:
         check_values(path, settings, {"precision": CHOICES["precision"]})
     layers = settings["layers"]
-    whole = all(isinstance(c, int) and c >= 0 for c in layers)
+    whole = all(type(c) is int and c >= 0 for c in layers)
     if not layers or not whole or layers != sorted(set(layers)):
         raise UserError(f"{path}: expected layers as ascending numbers from 0, got {layers}")
     return config

@@ -324,8 +324,10 @@ class Training:
         self.epochs = settings.epochs or max(EPOCHS, math.ceil(LEAST_STEPS / self.steps_per_epoch))
         self.steps = self.epochs * self.steps_per_epoch
         self.peak, self.peak_rest = peak_learning_rates(settings, teacher.config["width"])
+        names = "\n".join(split.names).encode(errors="surrogateescape")
         self.resolved = {
             "images": len(self.images),
+            "names_crc32": zlib.crc32(names),  # of the images, in their order
             "epochs": self.epochs,
             "lr": self.peak,
             "lr_rest": self.peak_rest,

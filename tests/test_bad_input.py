@@ -792,6 +792,13 @@ RUNS = [
         "category: expected one of mvtec, got 'botle'",
     ),
     ("evaluate", in_json(f"{RUN}/config.json", "teacher", name=[1]), "", "name as str | None, got"),
+    ("evaluate", in_json(f"{RUN}/config.json", "settings", top_k=True), "", "top_k as int, got T"),
+    (
+        "evaluate",
+        in_json(f"{RUN}/config.json", "settings", layers=[False, True]),
+        "",
+        "expected layers as ascending numbers from 0, got [False, True]",
+    ),
     (
         "anatomy",
         in_json(f"{RUN}/config.json", "settings", holdout="x"),
@@ -1121,6 +1128,11 @@ def test_a_folder_whose_name_is_not_utf8(tmp_path):
     folder = make_category(tmp_path / os.fsdecode(b"te\xe4l"))
     result = call(train.main, "--dataset", "folder", "--data-root", folder)
     assert_one_sentence(result, "te\udce4l: expected a name in UTF-8, got another: rename it")
+
+
+def test_a_name_of_two_lines_is_one_sentence():
+    result = call(train.main, "--dataset", "folder", "--data-root", "a\nb")
+    assert_one_sentence(result, "a b: expected train/good")
 
 
 def test_a_name_that_the_terminal_cannot_show_is_escaped(monkeypatch):

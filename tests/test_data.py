@@ -270,6 +270,16 @@ def test_every_format_is_found_and_read(tmp_path, suffix):
 # -------------------------------------------------------------------------------------------- cache
 
 
+def test_a_changed_picture_of_the_same_size_is_decoded_again(tmp_path):
+    path = tmp_path / "train/good/0.bmp"
+    path.parent.mkdir(parents=True)
+    for i, colour in enumerate(((1, 2, 3), (4, 5, 6))):
+        Image.new("RGB", (40, 30), colour).save(path)
+        os.utime(path, ns=(10**18 + i, 10**18 + i))
+        images = data.train_split("folder", tmp_path, "own", 32).images
+        assert tuple(images[0, :, 5, 5].tolist()) == colour
+
+
 def test_the_second_start_reads_the_cache(tmp_path, monkeypatch):
     make_category(tmp_path / "bottle")
     first = data.train_split("mvtec", tmp_path, "bottle")

@@ -200,6 +200,8 @@ def test_the_table_and_the_exit_code(world):
     assert first[2:] == ["normal", low] and second[2:] == ["anomalous", high]
     assert run_evaluate(world, "--images", high).code == 0
     assert run_evaluate(world, "--images", low, "--exit-code").code == 0
+    one_by_one = ("--images", high, low, "--exit-code", "--batch-size", 1)
+    assert run_evaluate(world, *one_by_one).code == 1  # whichever comes first
 
 
 def test_pictures_that_do_not_decode(world, tmp_path):
@@ -210,9 +212,26 @@ def test_pictures_that_do_not_decode(world, tmp_path):
     result = run_evaluate(world, "--images", tmp_path, "--json", "--skip-bad")
     assert result.code == 0 and len(result.out.splitlines()) == 1
     assert result.err.startswith("skipped: ") and "b.png" in result.err
-    (tmp_path / "a.png").unlink()  # no picture is no verdict
+    (tmp_path / "a.png").rename(tmp_path / "c.png")
+    one_by_one = ("--images", tmp_path, "--json", "--skip-bad", "--batch-size", 1)
+    assert len(run_evaluate(world, *one_by_one).out.splitlines()) == 1
+    (tmp_path / "c.png").unlink()  # no picture is no verdict
     result = run_evaluate(world, "--images", tmp_path, "--skip-bad", "--exit-code")
     assert result.code == 2 and "expected pictures that decode, got none" in result.err
+
+
+def test_folders_that_are_not_read_are_said(world, tmp_path):
+    shutil.copytree(world / "own/test/good", tmp_path / "a")
+    shutil.copytree(world / "own/test/stain", tmp_path / "a/day 2")
+    result = run_evaluate(world, "--images", tmp_path / "a")
+    assert result.code == 0 and len(result.out.splitlines()) == 1 + 4
+    assert result.err == f"note: {tmp_path / 'a'}: folders in it are not read: day 2\n"
+
+
+def test_pictures_are_scored_in_the_precision_that_was_asked_for(world):
+    images = ("--images", "own/test/good", "--json")
+    fp32, bf16 = (run_evaluate(world, *images, "--precision", p).out for p in ("fp32", "bf16"))
+    assert fp32 != bf16 and fp32 == run_evaluate(world, *images).out
 
 
 def test_a_large_picture_with_a_long_name_becomes_a_small_heat_map(tmp_path):

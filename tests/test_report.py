@@ -273,7 +273,7 @@ def test_the_recipes_charts_follow_from_the_table():
         assert path.read_text() == curves.draw(drawn, title)
 
 
-def kept(path, result):
+def keep(path, result):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result))
     return path
@@ -283,8 +283,8 @@ def kept(path, result):
 def test_a_result_lies_where_it_belongs(tmp_path, name):
     """Else a copy would count twice."""
     own = result_of("own", 1, 90.0, dataset="folder")
-    kept(tmp_path / "folder/own_seed1.json", own)
-    path = kept(tmp_path / name, own)
+    keep(tmp_path / "folder/own_seed1.json", own)
+    path = keep(tmp_path / name, own)
     with pytest.raises(UserError, match=f"^{path}: expected the result of this name, got that of "):
         report(tmp_path, [])
     path.unlink()
@@ -293,8 +293,8 @@ def test_a_result_lies_where_it_belongs(tmp_path, name):
 
 def test_no_result_replaces_that_of_another_category(tmp_path):
     first, second = (result_of(name, 0, 90.0, dataset="folder") for name in ("part_1", "part 1"))
-    path = kept(tmp_path / "out/folder/part_1_seed0.json", first)
-    kept(tmp_path / "run/result.json", second)
+    path = keep(tmp_path / "out/folder/part_1_seed0.json", first)
+    keep(tmp_path / "run/result.json", second)
     with pytest.raises(UserError, match=f"^{path}: expected the result of part 1, got that of ano"):
         report(tmp_path / "out", [tmp_path / "run"])
     assert json.loads(path.read_text()) == first
@@ -303,7 +303,7 @@ def test_no_result_replaces_that_of_another_category(tmp_path):
 def test_a_command_that_is_not_utf8_is_escaped(tmp_path):
     command = "python evaluate.py --heatmaps " + os.fsdecode(b"maps\xe9")
     result = result_of("own", 0, 90.0, dataset="folder", command=command)
-    kept(tmp_path / "folder/own_seed0.json", result)
+    keep(tmp_path / "folder/own_seed0.json", result)
     report(tmp_path, [])
     assert "--heatmaps maps\\udce9" in (tmp_path / "folder.md").read_text()
 
@@ -364,6 +364,29 @@ def test_a_report_scores_what_has_no_result_and_one_broken_run_stops_no_other(wo
         result, f"{both[1]}: expected one run of a category and seed, got {both[0]}"
     )
     assert not (world / "fresh").exists()
+
+
+def test_a_report_scores_again_what_was_scored_otherwise(world, tmp_path):
+    run = "runs/folder/own/seed0"
+
+    def scored(*options):
+        result = call(evaluate.main, run, "--report", tmp_path, *options, cwd=world)
+        assert result.code == 0, result.err
+        return "own seed" in result.out
+
+    assert call(evaluate.main, run, cwd=world).code == 0 and not scored()
+    assert scored("--precision", "bf16") and not scored("--precision", "bf16") and scored()
+    elsewhere = call(evaluate.main, run, "--report", "new", "--data-root", "nowhere", cwd=world)
+    assert_one_sentence(elsewhere, "nowhere")
+
+    picture = world / "own/test/stain/000.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(b"")
+    assert call(evaluate.main, run, "--skip-bad", cwd=world).code == 0
+    picture.write_bytes(whole)
+    assert scored()
+    result = json.loads((tmp_path / "folder/own_seed0.json").read_text())
+    assert (result["n_anomalous"], result["scored_in"]) == (5, "fp32")
 
 
 def test_the_anatomy_of_a_run(world):

@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -259,7 +260,7 @@ def test_an_unfinished_run_is_not_begun_again_unasked(world, tmp_path):
     assert result.code == 0 and "continues" not in result.out
 
 
-@pytest.mark.parametrize("name", ["images", "epochs", "lr", "lr_rest"])
+@pytest.mark.parametrize("name", ["images", "names_crc32", "epochs", "lr", "lr_rest"])
 def test_resume_refuses_what_would_change_the_rest(world, tmp_path, name):
     """What the settings leave open, and the run has found out."""
     stop_run(world, tmp_path)
@@ -268,6 +269,36 @@ def test_resume_refuses_what_would_change_the_rest(world, tmp_path, name):
     path.write_text(json.dumps({**config, name: config[name] + 1}))
     result = run_train(world, tmp_path, "--resume")
     assert_one_sentence(result, f"expected to go on with {name} {config[name] + 1}")
+
+
+def test_resume_refuses_other_pictures(world, tmp_path):
+    shutil.copytree(world / "own", tmp_path / "own")
+    data_root = ("--data-root", tmp_path / "own")
+    stop_run(world, tmp_path / "out", *data_root)
+    picture = tmp_path / "own/train/good/000.png"
+    picture.rename(picture.with_name("new.png"))
+    result = run_train(world, tmp_path / "out", *data_root, "--resume")
+    assert_one_sentence(result, "expected to go on with names_crc32 ")
+
+
+def test_a_line_of_the_log_that_a_kill_has_cut_short(world, tmp_path):
+    stop_run(world, tmp_path)
+    before = steps_logged(tmp_path / RUN)
+    log = tmp_path / RUN / "log.jsonl"
+    log.write_text(log.read_text() + '{"epoch": 1, "st')
+    folder = complete_run(world, tmp_path, "--resume")
+    assert steps_logged(folder)[: len(before)] == before == [2]
+
+
+def test_a_lock_whose_file_is_gone_is_no_lock(tmp_path):
+    path = tmp_path / ".lock"
+    with open(path, "a") as file:
+        path.unlink()
+        assert not runs.flock(file)
+        path.touch()
+        assert not runs.flock(file)
+    with open(path, "a") as file:
+        assert runs.flock(file)
 
 
 @pytest.mark.parametrize(

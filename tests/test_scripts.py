@@ -237,6 +237,61 @@ def test_compile_compiles_the_losses_and_changes_nothing(world, tmp_path, monkey
         torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6)
 
 
+def test_weights_that_the_last_step_breaks(world, tmp_path, monkeypatch):
+    take_step = train.Training.take_step
+
+    def break_last(self, images, t):
+        terms = take_step(self, images, t)
+        if self.step + 1 == self.steps:
+            with torch.no_grad():
+                self.parameters[0].fill_(torch.inf)
+        return terms
+
+    monkeypatch.setattr(train.Training, "take_step", break_last)
+    result = run_train(world, out=tmp_path)
+    assert result.code == 2 and "stopped being finite" in result.err
+    assert not (tmp_path / RUN / "model.safetensors").exists()
+
+
+def test_scores_that_are_not_finite(world, tmp_path, monkeypatch):
+    scores = Distillation.scores
+
+    def broken(*args):
+        return {name: x * torch.nan for name, x in scores(*args).items()}
+
+    shutil.copytree(run_folder(world), tmp_path / "run", ignore=shutil.ignore_patterns("*.csv"))
+    (tmp_path / "run/result.json").unlink(missing_ok=True)
+    monkeypatch.setattr(Distillation, "scores", broken)
+    assert_one_sentence(run_evaluate(world, tmp_path / "run"), "expected finite scores")
+    assert not (tmp_path / "run/result.json").exists()
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(world, tmp_path, monkeypatch):
+    def stop(self, progress, stop):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / RUN
+    shutil.copytree(run_folder(world), folder)
+    for name in ("checkpoint.safetensors", "scores.csv", "training.svg", "roc.svg"):
+        (folder / name).write_text("old")
+    monkeypatch.setattr(train.Training, "loop", stop)
+    assert run_train(world, "--overwrite", out=tmp_path).code == 130
+    assert {path.name for path in folder.iterdir()} == {"config.json", "log.jsonl"}
+    assert (folder / "log.jsonl").read_text() == ""
+
+
+def test_a_seed_is_another_one_in_another_category(world, tmp_path):
+    states = []
+    for name in ("a", "b"):
+        shutil.copytree(world / "data/bottle", tmp_path / name)
+        own = own_pictures(tmp_path / name)
+        result = run_train(world, out=tmp_path / "runs", epochs=1, holdout=0, **own)
+        assert result.code == 0, result.err
+        states.append(load_file(tmp_path / f"runs/folder/{name}/seed0/model.safetensors"))
+    first, second = (state["student.cls_token"] for state in states)
+    assert not torch.equal(first, second)
+
+
 def test_runs_evaluated_together_score_as_when_alone(world, tmp_path):
     for seed in (0, 1):
         assert run_train(world, out=tmp_path, seed=seed, epochs=1).code == 0
@@ -279,7 +334,7 @@ def test_misses_are_counted_by_kind_of_defect(tmp_path):
     names = [f"test/{name}.png" for name in ("good/0", "a/0", "a/1", "b/0")]
     split = data.Split(None, [0, 1, 1, 1], names)
     scores = dict.fromkeys(evaluate.SCORES[:4], torch.tensor([0.0, 0.0, 2.0, 0.5]))
-    model = SimpleNamespace(delta=1.0, normal=None)
+    model = SimpleNamespace(delta=1.0, normal=None, precision="fp32")
     settings = {"dataset": "folder", "category": "own", "seed": 0}
     config = {"settings": settings, "teacher": {"sha256": "0"}}
     result = evaluate.summarise(evaluate.Scored(tmp_path, config, model, split, scores))

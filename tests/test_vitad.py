@@ -446,7 +446,8 @@ def test_standardised_score():
     assert model.normal is None  # too few to know a deviation
 
     same = {3: torch.ones(5, 10), 11: torch.ones(5, 5)}  # no deviation at all
-    assert vitad.Standardiser.of(same, 3).standardised_score_d(same, 3).tolist() == [0] * 5
+    normal = vitad.Standardiser.of(same, 3)
+    assert normal.standardised_score_d(same, 3).tolist() == [0] * 5 and normal.delta == 0
 
 
 def test_delta_standardised_does_not_see_the_scale():
