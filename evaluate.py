@@ -268,7 +268,7 @@ def score_together(jobs, device, batch_size):
         job.scores = {name: torch.cat([part[name] for part in collected]) for name in collected[0]}
 
 
-def is_scored(run, config, precision):
+def is_scored(run, config, precision="fp32"):
     """Whether a run has a result: of the model that is there, in `precision`, of every image."""
     path = run / "result.json"
     if not path.is_file():
