@@ -23,6 +23,7 @@ if __name__ == "__main__":
     # minutes where another process uses one of two cores, and with this one 72 seconds.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -276,16 +277,13 @@ def train(settings, teacher, device, resume, runs_after):
         training.announce()
         if training.resume:
             training.refill_cache()
-        with StopSignals() as stop, open(training.log_file, "a", 1, "utf-8") as file:
+        with StopSignals() as stop, open_log(training.log_file) as file:
             progress = Progress(file, training.steps, training.step, runs_after)
             training.loop(progress, stop)
             outcome = training.conclude(progress)
             state = training.model.learned_state()
             runs.write_tensors(training.folder / "model.safetensors", state)
             training.checkpoint.unlink(missing_ok=True)
-    except OSError as error:
-        error.filename = error.filename or str(run_folder(settings))  # a full disk names no file
-        raise
     except (RuntimeError, MemoryError) as error:
         if not runs.is_out_of_memory(error):
             raise
@@ -374,6 +372,11 @@ class Training:
                     f"got step {self.step} of {self.steps}: --overwrite starts again"
                 )
             for name, now in self.resolved.items():
+                if name == "names_crc32" and config.get(name, now) != now:
+                    raise UserError(
+                        f"{self.folder}: expected to go on with the same images, got others by "
+                        f"name: restore them, or --overwrite starts again"
+                    )
                 if config.get(name, now) != now:
                     raise UserError(
                         f"{self.folder}: expected to go on with {name} {config[name]}, "
@@ -1040,7 +1043,22 @@ class Progress:
             print(line, flush=True)
 
     def write(self, values):
-        self.file.write(json.dumps(values) + "\n")
+        try:
+            self.file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            error.filename = self.file.name  # a full disk names no file
+            raise
+
+
+@contextlib.contextmanager
+def open_log(path):
+    """Yields the log, to add lines. Each is flushed, so a close fails only after a write has."""
+    file = open(path, "a", 1, "utf-8")  # noqa: SIM115, closed below
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 # ------------------------------------------------------------------------------------- several runs

@@ -1063,7 +1063,7 @@ FULL = [  # the same columns, then the size of the largest file, and the files t
     ("train", None, "", "new/folder/bottle/seed0/config.json: File too large", 300, ()),
     ("train", None, "--checkpoint-every 0", "checkpoint.safetensors: ", 90_000, BEGUN),
     ("train", None, "", "seed0/model.safetensors: ", 90_000, BEGUN),
-    ("train", None, "--epochs 60", "new/folder/bottle/seed0: File too large", 6000, BEGUN),
+    ("train", None, "--epochs 60", "bottle/seed0/log.jsonl: File too large", 6000, BEGUN),
     ("train", None, "--cache disk", "seed0, --cache disk: File too large", 9_000, ()),
     ("again", None, "--overwrite", f"{RUN}/config.json: File too large", 300, ()),
     ("again", None, "--overwrite --cache disk", "--cache disk: File too large", 9_000, ()),

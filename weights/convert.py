@@ -37,7 +37,7 @@ from vit import ACTIVATIONS, IMAGENET_MEAN, IMAGENET_STD, LAYER_NORM_EPS, load_v
 
 IMAGE_SIZE = 224
 CLIP_EPS = 1e-5  # LayerNorm's in CLIP's towers, torch's default
-WIDEST = 1024  # of public ViTs whose heads are 64 wide: ViT-L's. ViT-H's are 80, ViT-g's 88 wide
+WIDEST = 1024  # ViT-L's: up to it heads are 64 wide. ViT-H's are 80, ViT-g's 88, DINOv2's 64
 
 # ------------------------------------------------------------------------------ known checkpoints
 
@@ -611,7 +611,9 @@ def main(argv):
     parser.add_argument("--std", **rgb, help="their standard deviation, on the same scale")
     parser.add_argument("--activation", choices=list(ACTIVATIONS), help="of the MLPs")
     parser.add_argument(
-        "--heads", type=int, help="attention heads (default: as the file tells, else width / 64)"
+        "--heads",
+        type=int,
+        help="attention heads (default: as the file tells, else width / 64 up to a width of 1024)",
     )
     parser.add_argument("--source", help="where the checkpoint is from, for the metadata")
     parser.add_argument("--license", help="its licence, for the metadata")
