@@ -372,15 +372,13 @@ class Training:
                     f"got step {self.step} of {self.steps}: --overwrite starts again"
                 )
             for name, now in self.resolved.items():
-                if name == "names_crc32" and config.get(name, now) != now:
+                before = config.get(name, now)
+                if before != now:
+                    words = f"{name} {before}, got {now}"
+                    if name == "names_crc32":
+                        words = "the same images, got others by name"
                     raise UserError(
-                        f"{self.folder}: expected to go on with the same images, got others by "
-                        f"name: restore them, or --overwrite starts again"
-                    )
-                if config.get(name, now) != now:
-                    raise UserError(
-                        f"{self.folder}: expected to go on with {name} {config[name]}, "
-                        f"got {now}: --overwrite starts again"
+                        f"{self.folder}: expected to go on with {words}: --overwrite starts again"
                     )
             log = [line for step, line in runs.read_log(self.log_file) if step <= self.step]
             runs.resume_run(self.folder, config, self.provenance, log)

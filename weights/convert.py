@@ -37,7 +37,8 @@ from vit import ACTIVATIONS, IMAGENET_MEAN, IMAGENET_STD, LAYER_NORM_EPS, load_v
 
 IMAGE_SIZE = 224
 CLIP_EPS = 1e-5  # LayerNorm's in CLIP's towers, torch's default
-WIDEST = 1024  # ViT-L's: up to it heads are 64 wide. ViT-H's are 80, ViT-g's 88, DINOv2's 64
+# The width of ViT-L. Up to it the heads of public ViTs are 64 wide; ViT-H's are 80, some ViT-g's 88.
+WIDEST = 1024
 
 # ------------------------------------------------------------------------------ known checkpoints
 
@@ -467,10 +468,10 @@ def metadata_of(path, digest, norm_pre, options):
             f"expected a known checkpoint, got {path.name}, sha256 {digest[:12]}...: its card "
             f"says how images were normalised; pass that as --mean R G B --std R G B"
         )
-    for name_of, numbers in (("mean", values["mean"]), ("std", values["std"])):
-        if max(numbers) > 1:
+    for key in ("mean", "std"):
+        if max(values[key]) > 1:
             raise UserError(
-                f"--{name_of}: expected numbers on a scale from 0 to 1, got {list(numbers)}: "
+                f"--{key}: expected numbers on a scale from 0 to 1, got {list(values[key])}: "
                 f"of images from 0 to 255 divide them by 255"
             )
     if norm_pre and "activation" not in values:
@@ -486,7 +487,7 @@ def metadata_of(path, digest, norm_pre, options):
 
 
 def check_heads(width, metadata):
-    """Refuse to guess the number of heads where public ViTs have none of 64 each."""
+    """Refuse to guess the number of heads where they may not be 64 wide."""
     if "heads" not in metadata and (width > WIDEST or max(width, 64) % 64):
         raise UserError(
             f"expected a width up to {WIDEST} of heads of 64, got {width}: "
