@@ -37,7 +37,7 @@ from vit import ACTIVATIONS, IMAGENET_MEAN, IMAGENET_STD, LAYER_NORM_EPS, load_v
 
 IMAGE_SIZE = 224
 CLIP_EPS = 1e-5  # LayerNorm's in CLIP's towers, torch's default
-# The width of ViT-L. Up to it the heads of public ViTs are 64 wide; ViT-H's are 80, some ViT-g's 88.
+# ViT-L's width. Up to it the heads of public ViTs are 64 wide; ViT-H's are 80, some ViT-g's 88.
 WIDEST = 1024
 
 # ------------------------------------------------------------------------------ known checkpoints
